@@ -1,0 +1,256 @@
+"""Every per-request routing rule, the batching rule and the expiry rule: one plain function each, for two worlds.
+
+The live gateway and worker call these with Python lists; the simulator compiles the very same functions over
+numpy arrays. So: scalars and indexing only, no allocation, no library call. All routing rules share one signature
+
+    rule(now_s, budget_s, draw, length, capacity, clear_s, service_s, rank, margin) -> instance | HOLD | REJECT
+
+with, per instance i of n:
+    length[i]    requests in the instance now (waiting and in service), as the decider knows it
+    capacity[i]  places; 0 means that the instance cannot be routed to
+    clear_s[i]   predicted time, on the clock of now_s, at which it has finished everything that it now holds
+    service_s[i] predicted service time of one request
+    rank[i]      0 for the heaviest variant, 1 for the next, ...
+and margin[0] in (0, 1]: a predicted sojourn has to be at most margin[0] * budget_s. draw is uniform in [0, 1).
+"""
+
+from policies.routing.contract import HOLD, REJECT, Indexable, Rule
+
+
+def uniform(
+    now_s: float,
+    budget_s: float,
+    draw: float,
+    length: Indexable,
+    capacity: Indexable,
+    clear_s: Indexable,
+    service_s: Indexable,
+    rank: Indexable,
+    margin: Indexable,
+) -> int:
+    """An instance drawn with equal chances from all that can be routed to, full or not."""
+    count = 0
+    for i in range(len(capacity)):
+        if capacity[i] > 0:
+            count += 1
+    if count == 0:
+        return REJECT
+    pick = int(draw * count)
+    for i in range(len(capacity)):
+        if capacity[i] > 0:
+            if pick == 0:
+                return i
+            pick -= 1
+    return REJECT
+
+
+def light_only(
+    now_s: float,
+    budget_s: float,
+    draw: float,
+    length: Indexable,
+    capacity: Indexable,
+    clear_s: Indexable,
+    service_s: Indexable,
+    rank: Indexable,
+    margin: Indexable,
+) -> int:
+    """Equal chances among the instances of the lightest variant that can be routed to (Tan's LW)."""
+    wanted = -1
+    count = 0
+    for i in range(len(capacity)):
+        if capacity[i] > 0:
+            if rank[i] > wanted:
+                wanted = rank[i]
+                count = 1
+            elif rank[i] == wanted:
+                count += 1
+    if count == 0:
+        return REJECT
+    pick = int(draw * count)
+    for i in range(len(capacity)):
+        if capacity[i] > 0 and rank[i] == wanted:
+            if pick == 0:
+                return i
+            pick -= 1
+    return REJECT
+
+
+def heavy_only(
+    now_s: float,
+    budget_s: float,
+    draw: float,
+    length: Indexable,
+    capacity: Indexable,
+    clear_s: Indexable,
+    service_s: Indexable,
+    rank: Indexable,
+    margin: Indexable,
+) -> int:
+    """Equal chances among the instances of the heaviest variant that can be routed to, full or not (Tan's HW)."""
+    wanted = 1 << 30
+    count = 0
+    for i in range(len(capacity)):
+        if capacity[i] > 0:
+            if rank[i] < wanted:
+                wanted = rank[i]
+                count = 1
+            elif rank[i] == wanted:
+                count += 1
+    if count == 0:
+        return REJECT
+    pick = int(draw * count)
+    for i in range(len(capacity)):
+        if capacity[i] > 0 and rank[i] == wanted:
+            if pick == 0:
+                return i
+            pick -= 1
+    return REJECT
+
+
+def single_queue(
+    now_s: float,
+    budget_s: float,
+    draw: float,
+    length: Indexable,
+    capacity: Indexable,
+    clear_s: Indexable,
+    service_s: Indexable,
+    rank: Indexable,
+    margin: Indexable,
+) -> int:
+    """The heaviest idle instance, else HOLD (Tan's SQ as worded: the heavy model first when both are idle)."""
+    chosen = REJECT
+    best = 1 << 30
+    for i in range(len(capacity)):
+        if capacity[i] > 0:
+            if length[i] == 0 and rank[i] < best:
+                best = rank[i]
+                chosen = i
+            elif chosen == REJECT:
+                chosen = HOLD
+    return chosen
+
+
+def single_queue_random(
+    now_s: float,
+    budget_s: float,
+    draw: float,
+    length: Indexable,
+    capacity: Indexable,
+    clear_s: Indexable,
+    service_s: Indexable,
+    rank: Indexable,
+    margin: Indexable,
+) -> int:
+    """An idle instance drawn with equal chances, else HOLD (what Tan's figures for SQ fit)."""
+    idle = 0
+    routable = 0
+    for i in range(len(capacity)):
+        if capacity[i] > 0:
+            routable += 1
+            if length[i] == 0:
+                idle += 1
+    if routable == 0:
+        return REJECT
+    pick = int(draw * idle)
+    for i in range(len(capacity)):
+        if capacity[i] > 0 and length[i] == 0:
+            if pick == 0:
+                return i
+            pick -= 1
+    return HOLD
+
+
+def deadline(
+    now_s: float,
+    budget_s: float,
+    draw: float,
+    length: Indexable,
+    capacity: Indexable,
+    clear_s: Indexable,
+    service_s: Indexable,
+    rank: Indexable,
+    margin: Indexable,
+) -> int:
+    """The heaviest instance whose predicted sojourn is within margin[0] * budget_s, else the soonest finish.
+
+    Among instances of one variant the soonest finish wins; instances with a free place come before full ones.
+    The search starts at a drawn instance, so that gateways with the same stale view do not all pick the same tie.
+    """
+    n = len(capacity)
+    limit_s = now_s + margin[0] * budget_s
+    chosen = REJECT
+    chosen_rank = 1 << 30
+    chosen_s = 0.0
+    late = REJECT
+    late_s = 0.0
+    full = REJECT
+    full_s = 0.0
+    i = int(draw * n)
+    for _ in range(n):
+        if i >= n:
+            i = 0
+        places = capacity[i]
+        if places > 0:
+            finish_s = clear_s[i]
+            if finish_s < now_s:
+                finish_s = now_s
+            finish_s += service_s[i]
+            if length[i] >= places:
+                if full < 0 or finish_s < full_s:
+                    full = i
+                    full_s = finish_s
+            elif finish_s <= limit_s:
+                r = rank[i]
+                if r < chosen_rank or (r == chosen_rank and finish_s < chosen_s):
+                    chosen = i
+                    chosen_rank = r
+                    chosen_s = finish_s
+            elif late < 0 or finish_s < late_s:
+                late = i
+                late_s = finish_s
+        i += 1
+    if chosen >= 0:
+        return chosen
+    if late >= 0:
+        return late
+    return full
+
+
+RULES: dict[str, Rule] = {
+    "uniform": uniform,
+    "light-only": light_only,
+    "heavy-only": heavy_only,
+    "heavy-expire": heavy_only,
+    "single-queue": single_queue,
+    "single-queue-random": single_queue_random,
+    "deadline": deadline,
+}
+"""Per-request rules by router name. `heavy-expire` routes like `heavy-only`: expiry is the service's setting."""
+
+
+def batch_size(waiting: int, minimum: int, maximum: int) -> int:
+    """Size of the batch that an idle instance starts, or 0 to wait for more (Tan 5.2.2, sizes 1, 3 and 5).
+
+    Fewer than minimum: wait. At least maximum: a batch of maximum. Between: the largest size that is available.
+    """
+    if waiting < minimum or waiting < 1:
+        return 0
+    if waiting >= maximum:
+        return maximum
+    if waiting >= 5:
+        return 5
+    if waiting >= 3:
+        return 3
+    return 1
+
+
+def cannot_finish(now_s: float, deadline_s: float, start_s: float, service_s: float) -> bool:
+    """Whether a request that can start at start_s at the earliest will miss deadline_s for certain.
+
+    All times on one clock; a start in the past counts as now.
+    """
+    if start_s < now_s:
+        start_s = now_s
+    return start_s + service_s > deadline_s
