@@ -1,0 +1,179 @@
+"""The board: slow control state in Redis, always spoken to through redis-py (DESIGN sections 1 and 5).
+
+Keys: ``instance:{id}`` (expire), ``deployment``, ``table:{service}``, ``version:{service}``, ``decisions`` (bounded
+stream), ``lease:scheduler``. Channels: ``news`` (``instances`` or ``deployment`` changed: read again) and
+``table:{service}`` (the table itself). Readers subscribe first, then read, so that nothing falls between.
+
+Losing the board must not lose a request: every method raises one of `BOARD_ERRORS` when Redis is away, and the loops
+that call them go on with what they last knew. `follow` is the one place that reconnects.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import TracebackType
+from typing import Any, Final, Self, TypeVar
+
+import msgspec
+import redis.asyncio as redis
+from redis.exceptions import RedisError, WatchError
+
+from protocol.records import DecisionRecord, Deployment, InstanceRecord, Table
+
+BOARD_ERRORS: Final = (RedisError, OSError, TimeoutError)
+INSTANCE_EXPIRES_S: Final = 3.0
+LEASE_EXPIRES_S: Final = 3.0
+DECISIONS_KEPT: Final = 10_000
+
+_json = msgspec.json.Encoder().encode
+T = TypeVar("T")
+
+
+class Board:
+    """One connection pool to the board at `url` (``redis://host:port/0`` or ``unix:///path/redis.sock``)."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._redis: Any = redis.from_url(url, socket_connect_timeout=1.0, socket_timeout=2.0, health_check_interval=0)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._redis.aclose()
+
+    async def ping(self) -> None:
+        """Raises one of `BOARD_ERRORS` if nobody answers."""
+        await self._redis.ping()
+
+    # registrations (written by workers, read by gateways and schedulers)
+
+    async def post_instances(self, records: list[InstanceRecord], *, changed: bool) -> None:
+        """Renews the registrations; with `changed`, tells every follower to read them now."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for record in records:
+            pipeline.set(f"instance:{record.id}", _json(record), px=int(INSTANCE_EXPIRES_S * 1000))
+        if changed:
+            pipeline.publish("news", "instances")
+        await pipeline.execute()
+
+    async def remove_instances(self, ids: list[str]) -> None:
+        """Takes registrations back (an orderly end; a killed worker's expire by themselves)."""
+        if ids:
+            pipeline = self._redis.pipeline(transaction=False)
+            pipeline.delete(*(f"instance:{one}" for one in ids))
+            pipeline.publish("news", "instances")
+            await pipeline.execute()
+
+    async def instances(self) -> list[InstanceRecord]:
+        """All live registrations, sorted by id. A record that this version cannot read is left out."""
+        keys = sorted([key async for key in self._redis.scan_iter(match="instance:*", count=1000)])
+        values = await self._redis.mget(keys) if keys else []
+        records = [_decode(value, InstanceRecord) for value in values]
+        return [record for record in records if record is not None]
+
+    # the desired state (written by operators, read by workers and gateways)
+
+    async def put_deployment(self, deployment: Deployment) -> Deployment:
+        """Replaces the desired state; gives it back with the version that it got."""
+        version = int(await self._redis.incr("version:deployment"))
+        numbered = msgspec.structs.replace(deployment, version=max(version, deployment.version))
+        pipeline = self._redis.pipeline(transaction=True)
+        pipeline.set("deployment", _json(numbered))
+        pipeline.set("version:deployment", numbered.version)
+        pipeline.publish("news", "deployment")
+        await pipeline.execute()
+        return numbered
+
+    async def deployment(self) -> Deployment | None:
+        """The desired state, or None if nobody has posted one."""
+        return _decode(await self._redis.get("deployment"), Deployment)
+
+    # routing tables (written by the scheduler)
+
+    async def put_table(self, table: Table) -> Table:
+        """Publishes a table under the next version of its service; gives it back with that version."""
+        version = int(await self._redis.incr(f"version:{table.service}"))
+        numbered = msgspec.structs.replace(table, version=version)
+        data = _json(numbered)
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.set(f"table:{table.service}", data, px=max(1, int(table.valid_for_s * 1000)))
+        pipeline.publish(f"table:{table.service}", data)
+        await pipeline.execute()
+        return numbered
+
+    async def table(self, service: str) -> Table | None:
+        """The service's table if it has not expired."""
+        return _decode(await self._redis.get(f"table:{service}"), Table)
+
+    async def add_decision(self, record: DecisionRecord) -> None:
+        """Appends to the bounded decision log."""
+        await self._redis.xadd("decisions", {"decision": _json(record)}, maxlen=DECISIONS_KEPT, approximate=True)
+
+    async def decisions(self, count: int = 100) -> list[DecisionRecord]:
+        """The newest decisions, newest first."""
+        entries = await self._redis.xrevrange("decisions", count=count)
+        records = [_decode(fields.get(b"decision"), DecisionRecord) for _, fields in entries]
+        return [record for record in records if record is not None]
+
+    async def hold_lease(self, owner: str) -> bool:
+        """Takes or renews the one scheduler lease; False while another holds it."""
+        milliseconds = int(LEASE_EXPIRES_S * 1000)
+        if await self._redis.set("lease:scheduler", owner, nx=True, px=milliseconds):
+            return True
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            try:
+                await pipeline.watch("lease:scheduler")
+                if await pipeline.get("lease:scheduler") != owner.encode():
+                    return False
+                pipeline.multi()
+                pipeline.pexpire("lease:scheduler", milliseconds)
+                await pipeline.execute()
+            except WatchError:
+                return False
+        return True
+
+    # news
+
+    async def follow(
+        self, read_all: Callable[[], Awaitable[None]], on_news: Callable[[str, bytes], Awaitable[None]]
+    ) -> None:
+        """Subscribes, then calls `read_all`, then `on_news(channel, data)` for each message; for ever.
+
+        When Redis goes away it tries again with back-off (0.1 to 1 s) and starts over, `read_all` included.
+        Ends only by cancellation.
+        """
+        pause_s = 0.1
+        while True:
+            subscription = self._redis.pubsub()
+            try:
+                await subscription.psubscribe("news", "table:*")
+                await read_all()
+                pause_s = 0.1
+                while True:
+                    message = await subscription.get_message(ignore_subscribe_messages=True, timeout=1.0)
+                    if message is not None:
+                        await on_news(message["channel"].decode(), message["data"])
+            except BOARD_ERRORS:
+                await asyncio.sleep(pause_s)
+                pause_s = min(1.0, pause_s * 2)
+            finally:
+                await _quietly(subscription.aclose())
+
+
+async def _quietly(closing: Awaitable[None]) -> None:
+    """A subscription whose connection broke may fail to close; there is nothing left to save in it."""
+    try:
+        await closing
+    except BOARD_ERRORS:
+        return
+
+
+def _decode(data: bytes | None, type_: type[T]) -> T | None:
+    if data is None:
+        return None
+    try:
+        return msgspec.json.decode(data, type=type_)
+    except msgspec.MsgspecError:
+        return None

@@ -1,0 +1,187 @@
+"""Framed connections over unix sockets or TCP: many requests in flight on one connection, in both directions.
+
+`Connection` is one end of a socket (an asyncio protocol). `serve` accepts them; `connect` opens one. The owner passes
+callbacks; nothing here knows what a frame means. An address is ``unix:/path`` or ``tcp:host:port``.
+
+All mutable state of a connection: its reader, its transport, the futures of requests that await a reply, and the
+paused flag. A request's future ends in exactly one of: the reply frame, `LinkClosed`.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from protocol.frames import MAX_PAYLOAD_BYTES, Frame, FrameError, FrameReader, Kind, encode_head
+from protocol.records import Goodbye
+
+_encode = msgspec.msgpack.Encoder().encode
+_WRITE_TOGETHER_BYTES = 16_384
+"""Below this a head and its payload are joined into one write: a copy is cheaper than a second system call."""
+
+
+class LinkClosed(ConnectionError):
+    """The connection ended while a reply was awaited, or before a frame could be sent."""
+
+
+class Connection(asyncio.Protocol):
+    """One end of a framed connection.
+
+    `on_frame(connection, frame)` is called for every frame that is not the reply to a `request`; `on_close(connection,
+    reason)` exactly once, after all waiting futures have failed. Both run in the event loop and must not block.
+    """
+
+    __slots__ = (
+        "_futures",
+        "_next_id",
+        "_on_close",
+        "_on_frame",
+        "_reader",
+        "_transport",
+        "close_reason",
+        "closed",
+    )
+
+    def __init__(
+        self,
+        on_frame: Callable[["Connection", Frame], None],
+        on_close: Callable[["Connection", str], None] | None = None,
+        max_payload_bytes: int = MAX_PAYLOAD_BYTES,
+    ) -> None:
+        self._on_frame = on_frame
+        self._on_close = on_close
+        self._reader = FrameReader(max_payload_bytes)
+        self._transport: asyncio.Transport | None = None
+        self._futures: dict[int, asyncio.Future[Frame]] = {}
+        self._next_id = 0
+        self.closed = False
+        self.close_reason = ""
+
+    # asyncio's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        transport.set_write_buffer_limits(high=8 << 20)
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            frames = self._reader.feed(data)
+        except FrameError as error:
+            self.close(str(error))
+            return
+        futures = self._futures
+        for frame in frames:
+            future = futures.pop(frame.request_id, None) if frame.kind in _ANSWERS else None
+            if future is not None:
+                if not future.done():
+                    future.set_result(frame)
+            elif frame.kind == Kind.GOODBYE:
+                with contextlib.suppress(msgspec.MsgspecError):
+                    self.close_reason = msgspec.msgpack.decode(frame.meta, type=Goodbye).reason
+            else:
+                self._on_frame(self, frame)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.closed = True
+        if not self.close_reason:
+            cut_off = f" in the middle of a frame ({self._reader.pending_bytes} bytes)"
+            self.close_reason = (str(error) if error else "the peer closed the connection") + (
+                cut_off if self._reader.pending_bytes else ""
+            )
+        futures, self._futures = self._futures, {}
+        for future in futures.values():
+            if not future.done():
+                future.set_exception(LinkClosed(self.close_reason))
+                future.exception()  # a waiter that has gone leaves no "exception was never retrieved"
+        if self._on_close is not None:
+            self._on_close(self, self.close_reason)
+
+    # the owner's side
+
+    def send(self, kind: Kind, request_id: int, meta: msgspec.Struct | None = None, payload: bytes = b"") -> None:
+        """Writes one frame. Raises `LinkClosed` if the connection has ended."""
+        if self.closed or self._transport is None:
+            raise LinkClosed(self.close_reason or "not connected")
+        head = encode_head(kind, request_id, _encode(meta) if meta is not None else b"", len(payload))
+        if len(payload) <= _WRITE_TOGETHER_BYTES:
+            self._transport.write(head + payload)
+        else:
+            self._transport.writelines((head, payload))
+
+    def request(
+        self, kind: Kind, meta: msgspec.Struct | None = None, payload: bytes = b""
+    ) -> tuple[int, "asyncio.Future[Frame]"]:
+        """Sends a frame that will be answered: its request id, and the future of the reply.
+
+        Cancelling the future forgets the request; tell the peer with a CANCEL frame where that matters.
+        """
+        self._next_id = request_id = self._next_id + 1
+        self.send(kind, request_id, meta, payload)
+        future: asyncio.Future[Frame] = asyncio.get_running_loop().create_future()
+        self._futures[request_id] = future
+        return request_id, future
+
+    def forget(self, request_id: int) -> None:
+        """A reply that still comes for this request is dropped."""
+        future = self._futures.pop(request_id, None)
+        if future is not None:
+            future.cancel()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that await a reply on this connection."""
+        return len(self._futures)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes accepted by `send` that the socket has not taken yet."""
+        return self._transport.get_write_buffer_size() if self._transport is not None else 0
+
+    def close(self, reason: str) -> None:
+        """Says goodbye with a reason and closes. Idempotent."""
+        if self.closed or self._transport is None or self._transport.is_closing():
+            return
+        self.close_reason = self.close_reason or reason
+        meta = _encode(Goodbye(reason))
+        self._transport.write(encode_head(Kind.GOODBYE, 0, meta, 0))
+        self._transport.close()
+
+
+_ANSWERS = frozenset({Kind.REPLY, Kind.STATUS})
+
+
+async def serve(address: str, make_connection: Callable[[], Connection]) -> asyncio.Server:
+    """Listens on `address` (a stale unix socket file is replaced). The caller closes the server."""
+    loop = asyncio.get_running_loop()
+    scheme, host, port = _split(address)
+    if scheme == "unix":
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(host)
+        return await loop.create_unix_server(make_connection, host)
+    return await loop.create_server(make_connection, host, port, reuse_address=True)
+
+
+async def connect(address: str, make_connection: Callable[[], Connection]) -> Connection:
+    """Opens a connection to `address`. Raises `OSError` if nobody listens there."""
+    loop = asyncio.get_running_loop()
+    scheme, host, port = _split(address)
+    pair: tuple[Any, Connection]
+    if scheme == "unix":
+        pair = await loop.create_unix_connection(make_connection, host)
+    else:
+        pair = await loop.create_connection(make_connection, host, port)
+    return pair[1]
+
+
+def _split(address: str) -> tuple[str, str, int]:
+    scheme, _, rest = address.partition(":")
+    if scheme == "unix" and rest:
+        return scheme, rest, 0
+    host, _, port = rest.rpartition(":")
+    if scheme == "tcp" and host and port.isdigit():
+        return scheme, host, int(port)
+    raise ValueError(f"address {address!r}: expected unix:/path or tcp:host:port")

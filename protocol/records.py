@@ -1,0 +1,176 @@
+"""The structs that go over the wire (array-like msgpack: small, positional) and onto the board (JSON: readable).
+
+Times are spans in seconds, never clock readings: two machines' clocks never meet here (DESIGN section 3).
+"""
+
+import enum
+from typing import Final
+
+import msgspec
+
+BOUNCE: Final = 1
+"""`Infer.flags`: the worker may refuse at once what its own queue would make late (the `deadline` router)."""
+EXPIRE: Final = 2
+"""`Infer.flags`: drop before compute what cannot finish in time (the service's setting)."""
+TENSORS: Final = 4
+"""`Infer.flags`: answer raw float32 scores instead of JSON predictions."""
+
+
+class Infer(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One request for one instance. `budget_s`: time left until the deadline when the frame was written."""
+
+    instance: str
+    budget_s: float
+    content_type: str = ""
+    flags: int = 0
+    top_k: int = 5
+
+
+class Status(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What an instance's queue looks like at this moment (Tan section 3.1.3: l, ω, φ₁ … φ_l).
+
+    `backlog_s` is the predicted time until everything that the *device* now holds is done (instances of one worker
+    share it); `service_s` the worker's own running estimate for one request; `counts` by `Attempt` code, `arrived`
+    the requests that ever came: arrived = sum(counts) + length.
+    """
+
+    instance: str
+    length: int = 0
+    elapsed_s: float = 0.0
+    ages_s: tuple[float, ...] = ()
+    batch: int = 0
+    backlog_s: float = 0.0
+    service_s: float = 0.0
+    arrived: int = 0
+    counts: tuple[int, ...] = ()
+
+
+class Reply(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """How one attempt ended (`outcomes.Attempt`), and what it took. The frame's payload is the answer when OK or LATE.
+
+    `reason` says why otherwise; `http_status` refines INVALID (400, 413, 415, 422).
+    """
+
+    attempt: int
+    status: Status
+    reason: str = ""
+    http_status: int = 0
+    prepare_s: float = 0.0
+    queue_s: float = 0.0
+    service_s: float = 0.0
+    batch: int = 0
+    shape: tuple[int, ...] = ()
+
+
+class WorkerStatus(msgspec.Struct, array_like=True, frozen=True):
+    """Every instance of a worker at one moment."""
+
+    worker: str
+    instances: tuple[Status, ...]
+    draining: bool = False
+
+
+class Goodbye(msgspec.Struct, array_like=True, frozen=True):
+    """Why the sender closes the connection."""
+
+    reason: str
+
+
+class InstanceState(enum.StrEnum):
+    """Life of an instance. Only `READY` ones are routed to; `DRAINING` ones finish what they hold."""
+
+    LOADING = "loading"
+    WARMING = "warming"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`instance:{id}` on the board, renewed by its worker every second, gone 3 s after the worker is.
+
+    `epoch` differs after each start of the worker, so that a reader notices a restart that kept the address.
+    """
+
+    id: str
+    worker: str
+    address: str
+    service: str
+    variant: str
+    capacity: int
+    state: InstanceState
+    epoch: str
+    accuracy: float | None = None
+    accuracy_source: str = "none"
+    service_s: float = 0.0
+    profile: str | None = None
+    reason: str = ""
+
+
+class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A service as the operator states it. `variants` run from the heaviest to the lightest."""
+
+    variants: tuple[str, ...]
+    requirement_ms: float
+    percentile: float = 0.98
+    router: str = "deadline"
+    expire: bool = True
+    on_late: str = "serve"
+    max_body_bytes: int = 16 << 20
+    top_k: int = 5
+
+
+class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One desired instance in a worker: a variant with a queue. `batch` is (minimum, maximum), Tan section 5.2.2."""
+
+    variant: str
+    capacity: int = 15
+    batch: tuple[int, int] = (1, 1)
+
+
+class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One worker process: a device, and what should be loaded on it."""
+
+    name: str
+    instances: tuple[InstanceSpec, ...] = ()
+    device: str = "cpu"
+    threads: int = 1
+    memory_mb: float | None = None
+
+
+class Deployment(msgspec.Struct, frozen=True, kw_only=True):
+    """`deployment` on the board: the desired state. `version` grows with every change, so readers skip old news."""
+
+    name: str
+    services: dict[str, ServiceSpec]
+    workers: tuple[WorkerSpec, ...]
+    version: int = 0
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True):
+    """`table:{service}`: routing probabilities for one slot. `instances` are sorted; `weights` sum to one.
+
+    `batch_limits` maps a variant to (minimum, maximum); readers fall back to (1, largest) when the table expires.
+    """
+
+    service: str
+    version: int
+    valid_for_s: float
+    instances: tuple[str, ...]
+    weights: tuple[float, ...]
+    policy: str
+    batch_limits: dict[str, tuple[int, int]] = {}
+
+
+class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the `decisions` stream: what the scheduler saw, what it chose, which table that became."""
+
+    service: str
+    slot: int
+    policy: str
+    table_version: int
+    instances: tuple[str, ...]
+    weights: tuple[float, ...]
+    lengths: tuple[int, ...]
+    elapsed_s: tuple[float, ...]
+    publish_ms: float = 0.0
