@@ -1,0 +1,134 @@
+"""Lets a request in, or refuses it with the reason: service, method, type, size, deadline, id.
+
+Everything that comes from outside is judged here, before a place is taken. The body is read under two limits (bytes
+and time); what the bytes mean is the worker's to judge.
+"""
+
+import asyncio
+import itertools
+import math
+import os
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any, Final
+
+from gateway.dispatch import ClientGone, Refused, Request
+from gateway.multipart import first_file
+from gateway.router import ServiceRouter
+from protocol.outcomes import Outcome
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+
+ACCEPTED_TYPES: Final = frozenset(
+    {"image/jpeg", "image/png", "application/octet-stream", "application/x-tidegate-tensor"}
+)
+LONGEST_DEADLINE_MS: Final = 600_000.0
+_ID_PREFIX: Final = os.urandom(4).hex()
+_numbers = itertools.count(1)
+
+
+def request_id(headers: dict[bytes, bytes]) -> str:
+    """The client's `X-Request-Id` if it is 1 to 128 plain characters, else a fresh one."""
+    given = headers.get(b"x-request-id")
+    if given and len(given) <= 128 and given.isascii():
+        text = given.decode("ascii")
+        if text.isprintable() and '"' not in text and "\\" not in text:
+            return text
+    return f"{_ID_PREFIX}-{next(_numbers):x}"
+
+
+async def admit(
+    router: ServiceRouter | None,
+    scope: Scope,
+    headers: dict[bytes, bytes],
+    receive: Receive,
+    id: str,
+    arrived_s: float,
+    body_timeout_s: float,
+) -> Request:
+    """The request, body read. Raises `Refused` (INVALID, with the HTTP status) or `ClientGone`."""
+    if router is None:
+        raise Refused(Outcome.INVALID, f"no service of this name: {scope['path']}; see /state", 404)
+    if scope["method"] != "POST":
+        raise Refused(Outcome.INVALID, f"{scope['method']} is not allowed here: POST the image as the body", 405)
+    spec = router.spec
+    content_type = _content_type(headers)
+    deadline_s = arrived_s + _budget_ms(headers, spec.requirement_ms) / 1000.0
+    _check_length(headers.get(b"content-length"), spec.max_body_bytes)
+    body = await _read(receive, spec.max_body_bytes, body_timeout_s)
+    if content_type == "multipart/form-data":
+        content_type, body = first_file(headers[b"content-type"], body)
+        if content_type not in ACCEPTED_TYPES:
+            raise Refused(Outcome.INVALID, _unsupported(content_type), 415)
+    if not body:
+        raise Refused(Outcome.INVALID, "the body is empty: POST the encoded image as the body", 400)
+    return Request(id, arrived_s, deadline_s, body, content_type, spec.top_k)
+
+
+def _content_type(headers: dict[bytes, bytes]) -> str:
+    given = headers.get(b"content-type", b"application/octet-stream")
+    name = given.partition(b";")[0].strip().lower().decode("latin-1")
+    if name not in ACCEPTED_TYPES and name != "multipart/form-data":
+        raise Refused(Outcome.INVALID, _unsupported(name), 415)
+    return name
+
+
+def _unsupported(name: str) -> str:
+    return f"content type {name!r} is not accepted: send {', '.join(sorted(ACCEPTED_TYPES))} or multipart/form-data"
+
+
+def _budget_ms(headers: dict[bytes, bytes], requirement_ms: float) -> float:
+    given = headers.get(b"x-deadline-ms")
+    if given is None:
+        return requirement_ms
+    try:
+        value = float(given)
+    except ValueError:
+        value = math.nan
+    if not 0.0 < value <= LONGEST_DEADLINE_MS:
+        shown = given[:40].decode("latin-1")
+        raise Refused(
+            Outcome.INVALID,
+            f"X-Deadline-Ms = {shown!r}: must be milliseconds, above 0 and at most {LONGEST_DEADLINE_MS:.0f}",
+            400,
+        )
+    return value
+
+
+def _check_length(given: bytes | None, limit: int) -> None:
+    if given is None:
+        return
+    if not given.isdigit():
+        raise Refused(Outcome.INVALID, "Content-Length is not a number", 400)
+    if len(given) > 18 or int(given) > limit:
+        raise Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
+
+
+async def _read(receive: Receive, limit: int, timeout_s: float) -> bytes:
+    message = await _next(receive, timeout_s)
+    body: bytes = message.get("body", b"")
+    if not message.get("more_body", False):
+        if len(body) > limit:
+            raise Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
+        return body
+    ends_s = asyncio.get_running_loop().time() + timeout_s
+    parts, size = [body], len(body)
+    while message.get("more_body", False):
+        message = await _next(receive, ends_s - asyncio.get_running_loop().time())
+        part: bytes = message.get("body", b"")
+        size += len(part)
+        if size > limit:
+            raise Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def _next(receive: Receive, timeout_s: float) -> MutableMapping[str, Any]:
+    try:
+        async with asyncio.timeout(timeout_s):
+            message = await receive()
+    except TimeoutError:
+        raise Refused(Outcome.INVALID, "the body did not arrive in time", 408) from None
+    if message["type"] == "http.disconnect":
+        raise ClientGone
+    return message

@@ -1,0 +1,234 @@
+"""The HTTP surface: FastAPI for people, documents and operators; the infer path beside it as raw ASGI.
+
+`TidegateApp` is what uvicorn calls. It hands ``/v1/{service}`` straight to `Gateway.infer` (a FastAPI endpoint costs
+two to four times as much per request) and everything else to FastAPI. The infer operation is declared in the OpenAPI
+document by hand; a test holds document and handler together. The only file that imports fastapi.
+"""
+
+import hmac
+from typing import Any
+
+import msgspec
+from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from fastapi_offline import FastAPIOffline
+
+from gateway.admission import ACCEPTED_TYPES, Receive, Scope
+from gateway.handle import PREFIX, Gateway
+from gateway.responses import Send
+from gateway.router import ROUTERS
+from protocol.board import BOARD_ERRORS
+from protocol.records import Deployment
+
+VERSION = "0.1.0"
+
+
+class TidegateApp:
+    """The ASGI application of one gateway process."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.api = build_api(gateway)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI entry point."""
+        if scope["type"] == "http" and scope["path"].startswith(PREFIX):
+            await self.gateway.infer(scope, receive, send)
+        else:
+            await self.api(scope, receive, send)
+
+
+class RouterChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Body of `PUT /admin/services/{service}/router`."""
+
+    router: str
+
+
+def build_api(gateway: Gateway) -> FastAPI:
+    """Everything but the infer path."""
+    api = FastAPIOffline(title="Tidegate", version=VERSION, redoc_url=None)
+
+    @api.get("/healthz", summary="Is this process alive?", tags=["health"])
+    async def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @api.get("/readyz", summary="Can every service be answered now?", tags=["health"])
+    async def readyz() -> JSONResponse:
+        missing = gateway.fleet.missing()
+        reasons = [f"no instance of {name} is ready" for name in missing]
+        if gateway.fleet.deployment is None:
+            reasons = ["no deployment is posted on the board"]
+            if not gateway.fleet.board_seen:
+                reasons = ["the board (Redis) has not been reached yet"]
+        if gateway.draining:
+            reasons = ["draining"]
+        return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=503 if reasons else 200)
+
+    @api.get("/metrics", summary="Prometheus metrics", tags=["operating"], response_class=Response)
+    async def metrics() -> Response:
+        return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @api.get("/state", summary="Instances, routers and counts as this gateway sees them", tags=["operating"])
+    async def state() -> Response:
+        return _json(gateway.statistics())
+
+    @api.get("/admin/deployment", summary="The desired state", tags=["admin"], dependencies=[Depends(_admin(gateway))])
+    async def read_deployment() -> Response:
+        if gateway.fleet.deployment is None:
+            raise HTTPException(404, "no deployment is posted")
+        return _json(gateway.fleet.deployment)
+
+    @api.put("/admin/deployment", summary="Replace it", tags=["admin"], dependencies=[Depends(_admin(gateway))])
+    async def replace_deployment(request: Request) -> Response:
+        deployment = _decode(await request.body(), Deployment)
+        for name, spec in deployment.services.items():
+            _check_router(spec.router, name)
+        return _json(await _post(gateway, deployment))
+
+    @api.put(
+        "/admin/services/{service}/router",
+        summary="Change a service's router without losing a request",
+        tags=["admin"],
+        dependencies=[Depends(_admin(gateway))],
+    )
+    async def change_router(service: str, request: Request) -> Response:
+        change = _decode(await request.body(), RouterChange)
+        deployment = gateway.fleet.deployment
+        if deployment is None or service not in deployment.services:
+            raise HTTPException(404, f"no service {service!r} is deployed")
+        _check_router(change.router, service)
+        spec = msgspec.structs.replace(deployment.services[service], router=change.router)
+        services = {**deployment.services, service: spec}
+        return _json(await _post(gateway, msgspec.structs.replace(deployment, services=services)))
+
+    @api.exception_handler(HTTPException)
+    async def as_error(request: Request, error: HTTPException) -> JSONResponse:
+        code = "UNAVAILABLE" if error.status_code == 503 else "INVALID"
+        return JSONResponse({"error": error.detail, "code": code}, error.status_code, error.headers)
+
+    def openapi() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            document = get_openapi(title=api.title, version=api.version, routes=api.routes)
+            document["paths"]["/v1/{service}"] = {"post": INFER_OPERATION}
+            api.openapi_schema = document
+        return api.openapi_schema
+
+    api.openapi = openapi  # type: ignore[method-assign]
+    return api
+
+
+async def _post(gateway: Gateway, deployment: Deployment) -> Deployment:
+    try:
+        return await gateway.fleet.board.put_deployment(deployment)
+    except BOARD_ERRORS as error:
+        raise HTTPException(503, f"the board (Redis) cannot be reached: {error}") from error
+
+
+def _admin(gateway: Gateway) -> Any:
+    token = gateway.config.admin_token
+
+    async def check(request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            raise HTTPException(401, "admin calls need the header Authorization: Bearer TOKEN")
+
+    return check
+
+
+def _check_router(router: str, service: str) -> None:
+    if router not in ROUTERS:
+        raise HTTPException(400, f"router = {router!r} of {service}: must be one of {', '.join(ROUTERS)}")
+
+
+def _decode(body: bytes, type_: Any) -> Any:
+    try:
+        return msgspec.json.decode(body, type=type_)
+    except msgspec.MsgspecError as error:
+        raise HTTPException(400, f"the body is not a valid {type_.__name__}: {error}") from error
+
+
+def _json(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def _error(description: str) -> dict[str, Any]:
+    schema = {
+        "type": "object",
+        "required": ["error", "code"],
+        "properties": {"error": {"type": "string"}, "code": {"type": "string"}, "id": {"type": "string"}},
+    }
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
+
+
+_NUMBER = {"type": "number"}
+_ANSWER_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "predictions": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "properties": {"label": {"type": "string"}, "class_id": {"type": "integer"}, "score": _NUMBER},
+            },
+        },
+        "id": {"type": "string"},
+        "service": {"type": "string"},
+        "variant": {"type": "string"},
+        "instance": {"type": "string"},
+        "rank": {"type": "integer", "description": "0 is the heaviest variant of the service"},
+        "outcome": {"type": "string", "enum": ["OK", "LATE"]},
+        "attempts": {"type": "integer"},
+        "batch": {"type": "integer"},
+        "timings_ms": {
+            "type": "object",
+            "properties": {"total": _NUMBER, "prepare": _NUMBER, "queue": _NUMBER, "service": _NUMBER},
+        },
+    },
+}
+INFER_OPERATION: dict[str, Any] = {
+    "tags": ["inference"],
+    "summary": "Classify an image",
+    "operationId": "infer",
+    "parameters": [
+        {"name": "service", "in": "path", "required": True, "schema": {"type": "string"}},
+        {
+            "name": "X-Deadline-Ms",
+            "in": "header",
+            "schema": _NUMBER,
+            "description": "Time that the answer may take; the service's latency requirement if absent.",
+        },
+        {
+            "name": "X-Request-Id",
+            "in": "header",
+            "schema": {"type": "string"},
+            "description": "Echoed; made if absent.",
+        },
+    ],
+    "requestBody": {
+        "required": True,
+        "content": {
+            **{one: {"schema": {"type": "string", "format": "binary"}} for one in sorted(ACCEPTED_TYPES)},
+            "multipart/form-data": {
+                "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
+            },
+        },
+    },
+    "responses": {
+        "200": {
+            "description": "OK, or LATE with the header X-Tidegate-Late: 1",
+            "content": {"application/json": {"schema": _ANSWER_SCHEMA}},
+        },
+        "400": _error("INVALID: an empty or unreadable image, a bad header"),
+        "404": _error("INVALID: no such service"),
+        "405": _error("INVALID: only POST"),
+        "408": _error("INVALID: the body came too slowly"),
+        "413": _error("INVALID: too many bytes or pixels"),
+        "415": _error("INVALID: content type not accepted"),
+        "422": _error("INVALID: the tensor does not fit the model"),
+        "429": _error("QUEUE_FULL: retry after the header Retry-After"),
+        "500": _error("FAILED: the model raised"),
+        "503": _error("UNAVAILABLE: no ready instance; retry after the header Retry-After"),
+        "504": _error("EXPIRED: it could not finish in time (or LATE where the service answers lateness with errors)"),
+    },
+}

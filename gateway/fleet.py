@@ -1,0 +1,152 @@
+"""What the gateway knows of the system: the deployment, the live instances, and one lasting link per worker.
+
+Fed by the board (subscribe first, then read; read again every second), and by the links themselves, which notice a
+dead worker at once while its registration lives on for 3 s. The gateway never waits for the board: when Redis is
+away, or comes back empty, it goes on with what it last knew.
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final, Self
+
+import msgspec
+
+from gateway.router import ServiceRouter
+from protocol.board import BOARD_ERRORS, Board
+from protocol.peer import Peer
+from protocol.records import Deployment, InstanceRecord, Table
+
+log = logging.getLogger("gateway.fleet")
+
+READ_AGAIN_S: Final = 1.0
+FORGET_AFTER_S: Final = 5.0
+"""An instance that is off the board but still connected is kept this long: the board may have lost its memory."""
+
+
+class Fleet:
+    """The services, their routers, and the links to workers. `on_change` is called when more may be routable."""
+
+    def __init__(self, board: Board, on_change: Callable[[], None]) -> None:
+        self.board = board
+        self.deployment: Deployment | None = None
+        self.services: dict[str, ServiceRouter] = {}
+        self.peers: dict[str, Peer] = {}
+        self.board_seen = False
+        self._on_change = on_change
+        self._records: dict[str, InstanceRecord] = {}
+        self._seen_s: dict[str, float] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._loops = [
+            asyncio.create_task(self.board.follow(self._read_all, self._on_news), name="fleet.follow"),
+            asyncio.create_task(self._read_again(), name="fleet.read_again"),
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [*self._loops, *self._tasks.values()]
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def missing(self) -> list[str]:
+        """Services of the deployment that nobody could answer now; all is well when this is empty."""
+        return sorted(name for name, router in self.services.items() if router.routable == 0)
+
+    # from the board
+
+    async def _read_all(self) -> None:
+        await self._read_deployment()
+        await self._read_instances()
+        for router in self.services.values():
+            if router.uses_tables and (table := await self.board.table(router.name)) is not None:
+                router.set_table(table, time.monotonic())
+
+    async def _read_again(self) -> None:
+        while True:
+            await asyncio.sleep(READ_AGAIN_S)
+            with contextlib.suppress(*BOARD_ERRORS):
+                await self._read_deployment()
+                await self._read_instances()
+
+    async def _on_news(self, channel: str, data: bytes) -> None:
+        if channel == "news":
+            await (self._read_deployment() if data == b"deployment" else self._read_instances())
+            return
+        with contextlib.suppress(msgspec.MsgspecError):
+            table = msgspec.json.decode(data, type=Table)
+            router = self.services.get(table.service)
+            if router is not None and not router.set_table(table, time.monotonic()):
+                log.warning("table %d for %s is not usable: keeping the last good one", table.version, table.service)
+
+    async def _read_deployment(self) -> None:
+        deployment = await self.board.deployment()
+        self.board_seen = True
+        if deployment is None or (self.deployment is not None and deployment.version <= self.deployment.version):
+            return
+        self.deployment = deployment
+        for name in [name for name in self.services if name not in deployment.services]:
+            del self.services[name]
+        for name, spec in deployment.services.items():
+            try:
+                if name in self.services:
+                    self.services[name].configure(spec)
+                else:
+                    self.services[name] = ServiceRouter(name, spec)
+            except ValueError as error:
+                log.error("deployment %s version %d: %s", deployment.name, deployment.version, error)
+        self._spread()
+
+    async def _read_instances(self) -> None:
+        now_s = time.monotonic()
+        for record in await self.board.instances():
+            self._records[record.id] = record
+            self._seen_s[record.id] = now_s
+        for one, seen_s in list(self._seen_s.items()):
+            peer = self.peers.get(self._records[one].address)
+            if now_s - seen_s > (FORGET_AFTER_S if peer is not None and peer.up else 0.0):
+                del self._records[one], self._seen_s[one]
+        await self._keep_links({record.address for record in self._records.values()})
+        self._spread()
+
+    # links
+
+    async def _keep_links(self, addresses: set[str]) -> None:
+        for address in addresses - self.peers.keys():
+            peer = self.peers[address] = Peer(address, self._on_link)
+            self._tasks[address] = asyncio.create_task(peer.run(), name=f"link to {address}")
+        for address in self.peers.keys() & addresses:
+            if not self.peers[address].up:
+                self.peers[address].hurry()
+        for address in self.peers.keys() - addresses:
+            if self.peers[address].in_flight == 0:
+                del self.peers[address]
+                self._tasks.pop(address).cancel()
+
+    def _on_link(self, peer: Peer) -> None:
+        log.info("link to %s is %s", peer.address, "up" if peer.up else f"down: {peer.last_error}")
+        self._connect()
+
+    def _spread(self) -> None:
+        """Hands every service its instances."""
+        connected = {address for address, peer in self.peers.items() if peer.up}
+        for router in self.services.values():
+            records = [record for record in self._records.values() if record.service == router.name]
+            router.set_instances(records, connected)
+        self._on_change()
+
+    def _connect(self) -> None:
+        connected = {address for address, peer in self.peers.items() if peer.up}
+        for router in self.services.values():
+            router.set_connected(connected)
+        self._on_change()

@@ -1,0 +1,66 @@
+"""The first file of a multipart/form-data body: what browsers and `curl -F` send."""
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+
+from gateway.dispatch import Refused
+from protocol.outcomes import Outcome
+
+
+def first_file(content_type: bytes, body: bytes) -> tuple[str, bytes]:
+    """Content type and bytes of the first part that has content. Raises `Refused` (INVALID, 400)."""
+    _, options = parse_options_header(content_type)
+    boundary = options.get(b"boundary")
+    if not boundary:
+        raise Refused(Outcome.INVALID, "multipart/form-data without a boundary", 400)
+    collector = _Collector()
+    try:
+        parser = MultipartParser(
+            boundary,
+            {
+                "on_header_field": collector.header_field,
+                "on_header_value": collector.header_value,
+                "on_header_end": collector.header_end,
+                "on_part_data": collector.part_data,
+                "on_part_end": collector.part_end,
+            },
+        )
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise Refused(Outcome.INVALID, f"the multipart body cannot be read: {error}", 400) from None
+    if not collector.done:
+        raise Refused(Outcome.INVALID, "the multipart body holds no file", 400)
+    return collector.content_type or "application/octet-stream", bytes(collector.data)
+
+
+class _Collector:
+    """Keeps the first part that has data, with its content type."""
+
+    def __init__(self) -> None:
+        self.content_type = ""
+        self.data = bytearray()
+        self.done = False
+        self._field = bytearray()
+        self._value = bytearray()
+
+    def header_field(self, data: bytes, start: int, end: int) -> None:
+        self._field += data[start:end]
+
+    def header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def header_end(self) -> None:
+        if not self.done and bytes(self._field).lower() == b"content-type":
+            self.content_type = bytes(self._value).partition(b";")[0].strip().lower().decode("latin-1")
+        self._field.clear()
+        self._value.clear()
+
+    def part_data(self, data: bytes, start: int, end: int) -> None:
+        if not self.done:
+            self.data += data[start:end]
+
+    def part_end(self) -> None:
+        self.done = self.done or bool(self.data)
+        if not self.done:
+            self.content_type = ""

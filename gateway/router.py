@@ -1,0 +1,282 @@
+"""Which instance a request goes to: the arrays that rules look at, kept true by every send and every reply.
+
+Synchronous and free of sockets. One `ServiceRouter` per service holds the instances in sorted order of their ids
+(the order of tables and of `policies.routing.rules`), the rule, and the table of the current slot. Requests that a
+rule says to HOLD wait in `dispatch.py`; this file only answers "which one?".
+
+All mutable state: the parallel lists, the table and when it expires.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from typing import Final
+
+import msgspec
+
+from policies.routing.contract import HOLD, REJECT, Rule
+from policies.routing.draw import cumulative
+from policies.routing.estimation import arrive, depart, learn_margin, learn_service, new_margin
+from policies.routing.rules import RULES
+from protocol.records import InstanceRecord, ServiceSpec, Table
+
+TABLE_ROUTERS: Final = frozenset(
+    {"threshold", "stationary", "infaas", "learned-po", "learned-fo", "learned-po-batch", "learned-fo-batch"}
+)
+"""Routers whose table the scheduler sets every slot; without a valid table the gateway routes by `deadline`."""
+ROUTERS: Final = tuple(sorted(TABLE_ROUTERS | RULES.keys()))
+
+SERVICE_LEARNING_RATE: Final = 0.05
+_UNKNOWN_SERVICE_S: Final = 0.01
+
+
+class Target:
+    """One instance as this gateway sees it. `index` is its number in the service's arrays, or -1 once it is gone."""
+
+    __slots__ = ("id", "in_flight", "index", "record")
+
+    def __init__(self, record: InstanceRecord) -> None:
+        self.id = record.id
+        self.record = record
+        self.index = -1
+        self.in_flight = 0
+
+
+class InstanceView(msgspec.Struct, frozen=True):
+    """What `ServiceRouter.statistics` tells of one instance."""
+
+    id: str
+    variant: str
+    rank: int
+    ready: bool
+    length: int
+    capacity: int
+    clear_in_s: float
+    service_s: float
+
+
+class RouterStatistics(msgspec.Struct, frozen=True):
+    """What `ServiceRouter.statistics` tells of a service."""
+
+    router: str
+    routing_by: str
+    margin: float
+    table_version: int
+    instances: list[InstanceView]
+
+
+class ServiceRouter:
+    """Routes the requests of one service."""
+
+    def __init__(self, name: str, spec: ServiceSpec) -> None:
+        self.name = name
+        self.targets: list[Target] = []
+        self.length: list[int] = []
+        self.capacity: list[int] = []
+        self.clear_s: list[float] = []
+        self.service_s: list[float] = []
+        self.rank: list[int] = []
+        self.routable = 0
+        self.margin = new_margin(1.0 - spec.percentile)
+        self._by_id: dict[str, Target] = {}
+        self._table: Table | None = None
+        self._table_sums: list[float] = []
+        self._table_ends_s = 0.0
+        self.spec = spec
+        self.uses_tables = False
+        self.bounces = False
+        self.expires = False
+        self._rule: Rule = RULES["deadline"]
+        self.configure(spec)
+
+    def configure(self, spec: ServiceSpec) -> None:
+        """Takes a changed service setting; requests under way keep what they were given."""
+        if spec.router not in ROUTERS:
+            raise ValueError(f"router = {spec.router!r} of service {self.name!r}: must be one of {', '.join(ROUTERS)}")
+        if spec.percentile != self.spec.percentile:
+            self.margin = new_margin(1.0 - spec.percentile)
+        self.spec = spec
+        self.uses_tables = spec.router in TABLE_ROUTERS
+        self.expires = spec.expire or spec.router == "heavy-expire"
+        self.bounces = spec.router == "deadline"
+        self._rule = RULES["deadline" if self.uses_tables else spec.router]
+        self._renumber(list(self._by_id.values()))
+
+    # who is there
+
+    def set_instances(self, records: Iterable[InstanceRecord], connected: set[str]) -> None:
+        """The registrations of this service, and the worker addresses that can be reached now.
+
+        An instance keeps its state while it stays; one that restarted (another epoch) starts afresh.
+        """
+        targets: list[Target] = []
+        for record in records:
+            target = self._by_id.get(record.id)
+            if target is None or target.record.epoch != record.epoch or target.record.address != record.address:
+                if target is not None:
+                    target.index = -1
+                target = Target(record)
+            target.record = record
+            targets.append(target)
+        kept = {target.id for target in targets}
+        for old in self._by_id.values():
+            if old.id not in kept:
+                old.index = -1
+        self._renumber(targets)
+        self.set_connected(connected)
+
+    def _renumber(self, targets: list[Target]) -> None:
+        """Rebuilds the arrays in sorted order, keeping the values of instances that stay."""
+        targets = sorted(targets, key=lambda target: target.id)
+        before = {
+            target.id: (self.length[target.index], self.clear_s[target.index], self.service_s[target.index])
+            for target in targets
+            if target.index >= 0
+        }
+        capacity = {target.id: self.capacity[target.index] for target in targets if target.index >= 0}
+        order = {variant: rank for rank, variant in enumerate(self.spec.variants)}
+        self.targets = targets
+        self._by_id = {target.id: target for target in targets}
+        self.length, self.clear_s, self.service_s, self.capacity, self.rank = [], [], [], [], []
+        for index, target in enumerate(targets):
+            fresh = (0, 0.0, target.record.service_s or _UNKNOWN_SERVICE_S)
+            length, clear_s, service_s = before.get(target.id, fresh)
+            target.index = index
+            self.length.append(length)
+            self.clear_s.append(clear_s)
+            self.service_s.append(service_s)
+            self.capacity.append(capacity.get(target.id, 0))
+            self.rank.append(order.get(target.record.variant, len(order)))
+        self._count()
+        self._read_table()
+
+    def set_connected(self, connected: set[str]) -> None:
+        """Only instances that are ready, of a variant that the service names, at a reachable worker get places."""
+        for index, target in enumerate(self.targets):
+            record = target.record
+            routable = (
+                record.state == "ready" and record.address in connected and self.rank[index] < len(self.spec.variants)
+            )
+            if not routable:
+                self.capacity[index] = 0
+            elif self.capacity[index] == 0:
+                self.capacity[index] = record.capacity
+                self.length[index] = target.in_flight
+                self.clear_s[index] = 0.0
+            else:
+                self.capacity[index] = record.capacity
+        self._count()
+
+    def close(self, target: Target) -> None:
+        """No further request for this instance until the next registration says that it is ready."""
+        if target.index >= 0:
+            self.capacity[target.index] = 0
+            self._count()
+
+    def _count(self) -> None:
+        self.routable = sum(1 for places in self.capacity if places > 0)
+
+    # tables
+
+    def set_table(self, table: Table, now_s: float, age_s: float = 0.0) -> bool:
+        """Takes the table of a slot; False (and nothing changed) if it is older than the one in use or unusable."""
+        newest = self._table is None or table.version > self._table.version or now_s >= self._table_ends_s
+        if not newest or len(table.instances) != len(table.weights):
+            return False
+        previous, previous_ends_s = self._table, self._table_ends_s
+        self._table, self._table_ends_s = table, now_s + table.valid_for_s - age_s
+        if not self._read_table():
+            self._table, self._table_ends_s = previous, previous_ends_s
+            self._read_table()
+            return False
+        return True
+
+    def _read_table(self) -> bool:
+        """Spreads the table's weights over the present numbering; instances it does not know get none."""
+        self._table_sums = []
+        if self._table is None:
+            return False
+        weights = dict(zip(self._table.instances, self._table.weights, strict=True))
+        try:
+            self._table_sums = cumulative([weights.get(target.id, 0.0) for target in self.targets])
+        except ValueError:
+            return False
+        return True
+
+    # one request
+
+    def route(self, now_s: float, budget_s: float, draw: float, avoid: Target | None = None) -> Target | int:
+        """The instance for a request with `budget_s` left, or HOLD, or REJECT. `draw` is uniform in [0, 1).
+
+        `avoid` is left out (the instance that a first attempt has just failed at).
+        """
+        if self.uses_tables and now_s < self._table_ends_s and self._table_sums and avoid is None:
+            index = bisect_right(self._table_sums, draw)
+            if self.capacity[index] > 0:
+                return self.targets[index]
+        capacity = self.capacity
+        rule = self._rule
+        if avoid is not None and avoid.index >= 0:
+            capacity = capacity.copy()
+            capacity[avoid.index] = 0
+            rule = RULES["deadline"]
+        index = rule(now_s, budget_s, draw, self.length, capacity, self.clear_s, self.service_s, self.rank, self.margin)
+        return self.targets[index] if index >= 0 else index
+
+    def sent(self, target: Target, now_s: float) -> float:
+        """A request goes to `target`: its predicted sojourn in seconds."""
+        target.in_flight += 1
+        index = target.index
+        arrive(now_s, index, self.length, self.clear_s, self.service_s)
+        return self.clear_s[index] - now_s
+
+    def answered(self, target: Target, now_s: float, length: int, backlog_s: float, service_s: float) -> None:
+        """A reply came from `target`, which then held `length` requests on a device busy for `backlog_s`.
+
+        `service_s`: what one request took in service, 0.0 if this one was not served. What other gateways sent is
+        in the reply's figures; what this one sent and the worker had not yet seen is in `in_flight`.
+        """
+        target.in_flight -= 1
+        index = target.index
+        if index < 0:
+            return
+        if service_s > 0.0:
+            learn_service(index, service_s, self.service_s, SERVICE_LEARNING_RATE)
+        depart(now_s, index, max(length, target.in_flight), self.length, self.clear_s, self.service_s)
+        if now_s + backlog_s > self.clear_s[index]:
+            self.clear_s[index] = now_s + backlog_s
+
+    def lost(self, target: Target) -> None:
+        """The request will get no reply from `target` (cancelled, or the link broke)."""
+        target.in_flight -= 1
+        if target.index >= 0:
+            self.length[target.index] = max(0, self.length[target.index] - 1)
+
+    def learn(self, predicted_s: float, observed_s: float, budget_s: float) -> None:
+        """Feeds one outcome of the `deadline` rule back into its margin."""
+        learn_margin(predicted_s, observed_s, budget_s, self.margin)
+
+    def statistics(self, now_s: float) -> RouterStatistics:
+        """The present view, for metrics, `/state` and tests."""
+        by_table = self.uses_tables and now_s < self._table_ends_s and bool(self._table_sums)
+        return RouterStatistics(
+            router=self.spec.router,
+            routing_by=self.spec.router if by_table or not self.uses_tables else "deadline",
+            margin=self.margin[0],
+            table_version=self._table.version if self._table is not None else 0,
+            instances=[
+                InstanceView(
+                    id=target.id,
+                    variant=target.record.variant,
+                    rank=self.rank[index],
+                    ready=self.capacity[index] > 0,
+                    length=self.length[index],
+                    capacity=self.capacity[index],
+                    clear_in_s=max(0.0, self.clear_s[index] - now_s),
+                    service_s=self.service_s[index],
+                )
+                for index, target in enumerate(self.targets)
+            ],
+        )
+
+
+__all__ = ["HOLD", "REJECT", "ROUTERS", "TABLE_ROUTERS", "RouterStatistics", "ServiceRouter", "Target"]

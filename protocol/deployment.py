@@ -1,0 +1,144 @@
+"""A deployment file (TOML): what an operator writes, checked before anything starts.
+
+name = "digits"
+catalog = ["../my-variants"]            # folders with further variants; relative to the file
+[services.digits]                       # -> records.ServiceSpec
+variants = ["digits_heavy", "digits_light"]   # from the heaviest to the lightest
+requirement_ms = 250
+[[workers]]                             # -> records.WorkerSpec
+name = "a"
+instances = [{ variant = "digits_heavy" }]
+[gateway]                               # -> GatewaySettings
+[scheduler]                             # -> SchedulerSettings
+"""
+
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from protocol.records import Deployment, ServiceSpec, WorkerSpec
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+
+
+class DeploymentError(ValueError):
+    """The file cannot be used: names the file, the key, the value and the remedy."""
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where clients connect. Several `processes` share the port."""
+
+    host: str = "127.0.0.1"
+    port: int = 8700
+    processes: int = 1
+
+
+class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the scheduler runs. `slot_s` is Tan's τ."""
+
+    slot_s: float = 1.0
+
+
+class DeploymentFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole file."""
+
+    name: str
+    services: dict[str, ServiceSpec]
+    workers: tuple[WorkerSpec, ...]
+    catalog: tuple[str, ...] = ()
+    gateway: GatewaySettings = GatewaySettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+
+    def desired_state(self) -> Deployment:
+        """What goes onto the board."""
+        return Deployment(name=self.name, services=self.services, workers=self.workers)
+
+
+def read_deployment(path: Path) -> DeploymentFile:
+    """The checked file, `catalog` folders made absolute. Raises `DeploymentError`."""
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise DeploymentError(f"{path}: cannot be read ({error.strerror}): give a deployment file with -f") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DeploymentError(f"{path}: is not valid TOML: {error}") from error
+    try:
+        file = msgspec.convert(content, DeploymentFile)
+    except msgspec.ValidationError as error:
+        raise DeploymentError(f"{path}: {_explain(str(error), content)}") from error
+    fault = check_deployment(file.desired_state()) or _check_settings(file)
+    if fault:
+        raise DeploymentError(f"{path}: {fault}")
+    return msgspec.structs.replace(
+        file, catalog=tuple(str((path.parent / folder).resolve()) for folder in file.catalog)
+    )
+
+
+def check_deployment(deployment: Deployment) -> str:
+    """Empty if the parts fit together, else what is wrong: the key, its value and what would be right."""
+    if not deployment.services:
+        return "services is empty: name at least one, as [services.NAME]"
+    if not deployment.workers:
+        return "workers is empty: add at least one [[workers]] with instances"
+    served = {variant for spec in deployment.services.values() for variant in spec.variants}
+    for name, spec in deployment.services.items():
+        where = f"services.{name}"
+        if not _NAME.fullmatch(name):
+            return f"{where}: a name is made of a-z, 0-9, '_', '.' and '-', 64 at most"
+        if not spec.variants or len(set(spec.variants)) != len(spec.variants):
+            return f"{where}.variants = {list(spec.variants)}: list each variant once, heaviest first"
+        if not 0 < spec.requirement_ms <= 600_000:
+            return f"{where}.requirement_ms = {spec.requirement_ms}: must be above 0 and at most 600000 milliseconds"
+        if not 0 < spec.percentile < 1:
+            return f"{where}.percentile = {spec.percentile}: must be a fraction between 0 and 1, as 0.98"
+        if spec.on_late not in ("serve", "error"):
+            return f"{where}.on_late = {spec.on_late!r}: must be 'serve' or 'error'"
+        if not 1 <= spec.max_body_bytes <= 64 << 20:
+            return f"{where}.max_body_bytes = {spec.max_body_bytes}: must be from 1 to {64 << 20}"
+        if not 1 <= spec.top_k <= 100:
+            return f"{where}.top_k = {spec.top_k}: must be from 1 to 100"
+    seen: set[str] = set()
+    for worker in deployment.workers:
+        where = f"workers {worker.name!r}"
+        if not _NAME.fullmatch(worker.name) or worker.name in seen:
+            return f"{where}: names are unique and made of a-z, 0-9, '_', '.' and '-'"
+        seen.add(worker.name)
+        if worker.threads < 1:
+            return f"{where}.threads = {worker.threads}: must be at least 1"
+        for instance in worker.instances:
+            if instance.variant not in served:
+                return f"{where}: variant {instance.variant!r} belongs to no service: list it in one's variants"
+            if not 1 <= instance.capacity <= 10_000:
+                return f"{where}: capacity = {instance.capacity} of {instance.variant}: must be from 1 to 10000"
+            minimum, maximum = instance.batch
+            if not 1 <= minimum <= maximum <= instance.capacity:
+                return f"{where}: batch = {instance.batch} of {instance.variant}: needs 1 <= min <= max <= capacity"
+    return ""
+
+
+def _check_settings(file: DeploymentFile) -> str:
+    if not 0 < file.gateway.port < 65_536:
+        return f"gateway.port = {file.gateway.port}: must be from 1 to 65535"
+    if not 1 <= file.gateway.processes <= 64:
+        return f"gateway.processes = {file.gateway.processes}: must be from 1 to 64"
+    if not 0.05 <= file.scheduler.slot_s <= 60:
+        return f"scheduler.slot_s = {file.scheduler.slot_s}: must be from 0.05 to 60 seconds"
+    return ""
+
+
+def _explain(message: str, content: object) -> str:
+    """Turns msgspec's "… - at `$.services[...].x`" into the key, its value and what is expected."""
+    text, _, at = message.partition(" - at `$")
+    path = at.rstrip("`").lstrip(".")
+    value = content
+    for part in re.findall(r"\[\d+\]|[^.\[\]]+", path):
+        if part.startswith("[") and isinstance(value, list):
+            value = value[int(part[1:-1])]
+        elif isinstance(value, dict) and part in value:
+            value = value[part]
+        else:
+            return f"{path}: {text}" if path else text
+    shown = f" = {value!r}" if path and not isinstance(value, dict | list) else ""
+    return f"{path}{shown}: {text}" if path else text
