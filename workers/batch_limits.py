@@ -1,0 +1,51 @@
+"""Batch limits from the scheduler's tables: taken when one comes, given back when it expires (DESIGN section 5)."""
+
+import logging
+
+from protocol.records import InstanceState, Table
+from workers.device import Timer
+from workers.host import Host
+
+log = logging.getLogger(__name__)
+
+
+class BatchLimits:
+    """Applies tables to the host's queues. State: per service the version in force and the timer of its expiry."""
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+        self._versions: dict[str, int] = {}
+        self._timers: dict[str, Timer] = {}
+
+    def take(self, table: Table) -> None:
+        """From the next batch on, the table's limits hold for the instances of its service."""
+        if not table.batch_limits and table.service not in self._timers:
+            return
+        self._versions[table.service] = table.version
+        if timer := self._timers.pop(table.service, None):
+            timer.cancel()
+        try:
+            for variant, (minimum, maximum) in table.batch_limits.items():
+                self._set(table.service, variant, minimum, maximum)
+        except ValueError as error:
+            log.error("a table's batch limits were refused", extra={"service": table.service, "reason": str(error)})
+        clock = self._host.clock
+        self._timers[table.service] = clock.call_at(
+            clock.now_s() + table.valid_for_s, lambda: self._expire(table.service, table.version)
+        )
+
+    def _expire(self, service: str, version: int) -> None:
+        """Back to (1, largest): what comes goes, in batches up to what the deployment allows."""
+        if self._versions.get(service) != version:
+            return
+        self._timers.pop(service, None)
+        for instance in self._host.instances.values():
+            if instance.service == service:
+                self._set(service, instance.spec.variant, 1, instance.spec.batch[1])
+
+    def _set(self, service: str, variant: str, minimum: int, maximum: int) -> None:
+        for instance in self._host.instances.values():
+            mine = instance.service == service and instance.spec.variant == variant
+            if mine and instance.state is not InstanceState.DRAINING:
+                instance.queue.set_batch_limits(minimum, maximum)
+        self._host.limits_changed()

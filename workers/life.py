@@ -1,0 +1,146 @@
+"""The life of one instance as one coroutine: load, warm up, ready, drain, unload; a failed load is tried again.
+
+Loading and warming happen off the event loop, so that the worker's other instances serve on meanwhile.
+"""
+
+import asyncio
+import functools
+import logging
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from models.catalog import Variant, VariantError, load_catalog
+from models.preprocess import Prepared
+from models.runtime import EmulatedRuntime, Runtime, batch_factor, blank_tensor, open_runtime
+from protocol.outcomes import Attempt
+from protocol.records import InstanceState
+from workers.device import Clock
+from workers.host import Host
+from workers.instance import Instance
+
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+NOTICE_S = 0.1
+"""Draining is announced this long before the queue closes: requests that are already on their way are still served."""
+_MEASURED_RUNS = 3
+
+log = logging.getLogger(__name__)
+
+
+class Loading(msgspec.Struct, frozen=True):
+    """What loading needs besides the instance: catalog folders, the worker's seed, the device's memory if limited."""
+
+    catalog: tuple[Path, ...] = ()
+    seed: int = 0
+    memory_mb: float | None = None
+
+
+async def live(instance: Instance, host: Host, loading: Loading, on_change: Callable[[], None], drain_s: float) -> None:
+    """Run one instance from loading until it has been unloaded; ends once `instance.unwanted` is set.
+
+    `on_change` is called at every change of state. After `drain_s` of draining what is left ends UNAVAILABLE.
+    """
+
+    def enter(state: InstanceState, reason: str = "") -> None:
+        instance.state, instance.reason = state, reason
+        log.info("instance %s", state.value, extra={"instance": instance.id, "reason": reason})
+        on_change()
+
+    if await _load_until_loaded(instance, host, loading, enter):
+        instance.queue.open()
+        enter(InstanceState.READY)
+        await instance.unwanted.wait()
+        enter(InstanceState.DRAINING)
+        await asyncio.sleep(min(NOTICE_S, drain_s))
+        await _drain(instance, host, drain_s)
+    if instance.runtime is not None:
+        runtime, instance.runtime = instance.runtime, None
+        await host.device.call(runtime.close)
+
+
+async def _load_until_loaded(instance: Instance, host: Host, loading: Loading, enter: Callable[..., None]) -> bool:
+    """Load and warm up, with growing pauses between tries. False if it became unwanted first."""
+    pause_s = FIRST_PAUSE_S
+    while not instance.unwanted.is_set():
+        try:
+            # One load at a time: the next one has to see what memory this one takes.
+            async with host.loading:
+                enter(InstanceState.LOADING)
+                runtime = await asyncio.to_thread(_open, instance, host, loading)
+                enter(InstanceState.WARMING)
+                await _warm_up(instance, runtime, host)
+                instance.runtime = runtime
+        except Exception as error:  # a broken file raises whatever its reader likes
+            instance.failed_loads += 1
+            enter(InstanceState.FAILED, str(error) or repr(error))
+            try:
+                async with asyncio.timeout(pause_s):
+                    await instance.unwanted.wait()
+            except TimeoutError:
+                pause_s = min(LONGEST_PAUSE_S, pause_s * 2)
+        else:
+            instance.loads += 1
+            return not instance.unwanted.is_set()
+    return False
+
+
+def _open(instance: Instance, host: Host, loading: Loading) -> Runtime:
+    # The catalog is read again at every try: adding the missing entry is enough to get a failed instance going.
+    catalog = load_catalog(loading.catalog)
+    variant = catalog.get(instance.spec.variant)
+    if variant is None:
+        known = f"no such variant in the catalog; it has {', '.join(sorted(catalog))}"
+        raise VariantError("deployment", "variant", instance.spec.variant, known)
+    _check_memory(variant, host, loading)
+    seed = zlib.crc32(f"{loading.seed}/{instance.id}".encode())
+    return open_runtime(variant, device=instance.device, threads=instance.threads, seed=seed)
+
+
+def _check_memory(variant: Variant, host: Host, loading: Loading) -> None:
+    if loading.memory_mb is None:
+        return
+    runtimes = [one.runtime for one in list(host.instances.values()) if one.runtime is not None]
+    used_mb = sum(runtime.variant.memory_mb for runtime in runtimes)
+    if used_mb + variant.memory_mb > loading.memory_mb:
+        remedy = (
+            f"needs {variant.memory_mb} MB beside the {used_mb} MB in use: raise the worker's memory_mb or load less"
+        )
+        raise VariantError("deployment", "memory_mb", loading.memory_mb, remedy)
+
+
+async def _warm_up(instance: Instance, runtime: Runtime, host: Host) -> None:
+    """Run once, then learn what each batch size takes (an emulated variant's law is asked instead)."""
+    sizes = [size for size in (1, 3, 5) if size <= max(1, instance.queue.maximum)]
+    law = runtime.variant.emulated
+    if isinstance(runtime, EmulatedRuntime) and law is not None:
+        for size in sizes:
+            instance.times.observe(size, law.service_ms / 1e3 * batch_factor(law.fixed_share, size))
+        return
+    await host.device.call(runtime.warm_up)
+    blank = Prepared(tensor=blank_tensor(runtime.variant))
+    for size in sizes:
+        for _ in range(_MEASURED_RUNS):
+            timed = functools.partial(_timed, runtime, [blank] * size, host.clock)
+            instance.times.observe(size, await host.device.call(timed))
+
+
+def _timed(runtime: Runtime, batch: list[Prepared], clock: Clock) -> float:
+    begun_s = clock.now_s()
+    runtime.execute(batch)
+    return clock.now_s() - begun_s
+
+
+async def _drain(instance: Instance, host: Host, drain_s: float) -> None:
+    """Admit no more and wait until the queue is empty, at most `drain_s`; what is left then ends UNAVAILABLE."""
+    host.drain(instance)
+    if instance.queue.length == 0:
+        return
+    try:
+        async with asyncio.timeout(drain_s):
+            await instance.emptied.wait()
+    except TimeoutError:
+        log.warning("not drained in time", extra={"instance": instance.id, "left": instance.queue.length})
+        host.end_all(instance, Attempt.UNAVAILABLE)

@@ -1,0 +1,40 @@
+"""Preparation of inputs (decode, resize) in a small pool off the event loop, starting at arrival."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from models.preprocess import Prepared
+from models.runtime import Runtime
+from workers.instance import Request
+from workers.queueing import EntryState
+
+
+class Preparer:
+    """A pool of `threads` threads, started by the first request. Holds at most what the queues have places for."""
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="prepare")
+
+    def submit(self, request: Request, runtime: Runtime, done: Callable[[Prepared | Exception], None]) -> None:
+        """Prepare the request's payload; `done` gets the result, or what was raised, in the event loop.
+
+        A request that has left before its turn is not decoded, and `done` is not called.
+        """
+        loop = asyncio.get_running_loop()
+
+        def work() -> None:
+            if request.state is not EntryState.PREPARING:
+                return
+            outcome: Prepared | Exception
+            try:
+                outcome = runtime.prepare(request.payload, request.asked.content_type)
+            except Exception as error:
+                outcome = error
+            loop.call_soon_threadsafe(done, outcome)
+
+        self._pool.submit(work)
+
+    def close(self) -> None:
+        """Drop what has not begun and end the threads."""
+        self._pool.shutdown(cancel_futures=True)

@@ -1,0 +1,75 @@
+"""What this worker tells the board: its instances' records, every second and at once on change; and their removal."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from protocol.board import BOARD_ERRORS, Board
+from protocol.records import InstanceRecord
+
+RENEW_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+class Registration:
+    """Keeps the board's records equal to `records()`.
+
+    State: the ids posted, the wake-up event, whether the board is away.
+    """
+
+    def __init__(self, board: Board, records: Callable[[], list[InstanceRecord]]) -> None:
+        self._board = board
+        self._records = records
+        self._changed = asyncio.Event()
+        self._posted: set[str] = set()
+        self._away = False
+
+    def changed(self) -> None:
+        """Post at once, and tell every follower to read."""
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Post for ever. A board that is away is tried again every second, and told everything when it is back."""
+        news_owed = True
+        while True:
+            self._changed.clear()
+            try:
+                await self._post(changed=news_owed)
+                news_owed = False
+                self._say(away=False)
+            except BOARD_ERRORS as error:
+                news_owed = True
+                self._say(away=True, reason=str(error))
+            try:
+                # Not wait_for: on Python 3.11 it loses a cancellation that comes together with the event.
+                async with asyncio.timeout(RENEW_S):
+                    await self._changed.wait()
+                news_owed = True
+            except TimeoutError:
+                pass
+
+    async def withdraw(self) -> None:
+        """Take every record back (an orderly end). If the board is away they expire by themselves."""
+        try:
+            await self._board.remove_instances(sorted(self._posted))
+        except BOARD_ERRORS as error:
+            log.warning("records not removed; they expire by themselves", extra={"reason": str(error)})
+
+    async def _post(self, *, changed: bool) -> None:
+        records = self._records()
+        ids = {record.id for record in records}
+        if gone := sorted(self._posted - ids):
+            await self._board.remove_instances(gone)
+            self._posted -= set(gone)
+        self._posted |= ids
+        if records:
+            await self._board.post_instances(records, changed=changed)
+
+    def _say(self, *, away: bool, reason: str = "") -> None:
+        """Log a change only: a board that is away for an hour is one line."""
+        if away and not self._away:
+            log.warning("the board is away; serving goes on", extra={"reason": reason})
+        elif self._away and not away:
+            log.info("the board is back")
+        self._away = away
