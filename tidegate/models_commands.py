@@ -1,0 +1,143 @@
+"""`tidegate models`: list the catalog, measure profiles, export the built-in ImageNet models."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from models.catalog import Variant, VariantError, load_catalog
+from models.profiles import Profile, write_profiles
+
+app = typer.Typer(no_args_is_help=True, help="The variants that can be served: list, measure, export.")
+
+_notes = Console(stderr=True)
+
+Folders = Annotated[
+    list[Path],
+    typer.Option("--catalog", "-c", envvar="TIDEGATE_CATALOG", help="Folder with your own variants (*.toml)."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+
+
+@app.command("list")
+def list_variants(catalog: Folders = [], as_json: AsJson = False) -> None:  # noqa: B006 - typer copies it
+    """Every variant of the catalog, with its accuracy and where that figure comes from.
+
+    Example: tidegate models list --catalog my_models
+    """
+    with _explained():
+        variants = load_catalog(catalog)
+    if as_json:
+        print(msgspec.json.encode({"variants": [_summary(variant) for variant in variants.values()]}).decode())
+        return
+    table = Table(Column("variant", no_wrap=True), "service", "runtime", "input", "classes", "accuracy", "of", "file")
+    for variant in variants.values():
+        summary = _summary(variant)
+        accuracy = "" if summary["accuracy"] is None else f"{summary['accuracy']:.4f}"
+        shape = "x".join(str(length) for length in variant.input.shape)
+        source, found = variant.accuracy.source, "" if summary["available"] else "not exported yet"
+        table.add_row(
+            variant.name, variant.service, variant.runtime, shape, str(variant.classes), accuracy, source, found
+        )
+    Console().print(table)
+
+
+@app.command()
+def profile(
+    names: Annotated[list[str], typer.Argument(help="Variants to run at once; name one twice for two instances.")],
+    catalog: Folders = [],  # noqa: B006
+    device: Annotated[str, typer.Option(help="cpu, cuda or tensorrt.")] = "cpu",
+    batch: Annotated[list[int], typer.Option(help="Batch size; repeat for several.")] = [1, 3, 5],  # noqa: B006
+    seconds: Annotated[float, typer.Option(min=0.05, help="Window per batch size.")] = 3.0,
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads inside one inference.")] = 1,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The profile file to write.")] = Path("profiles.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure service times of instances that run at once, each in its own process, all of them busy.
+
+    Example: tidegate models profile digits_light digits_light digits_heavy digits_heavy -o profiles.json
+    """
+    from models.profile import measure  # multiprocessing and numpy: not needed for `list`
+
+    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with _explained(), Progress(*columns, console=_notes) as progress:
+        variants = _choose(names, catalog)
+        task = progress.add_task("", total=None)
+        profiles = measure(
+            variants,
+            device=device,
+            batch_sizes=batch,
+            window_s=seconds,
+            threads=threads,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+        write_profiles(out, profiles)
+    if as_json:
+        rows = [row for found in profiles for row in _profile_rows(found)]
+        print(msgspec.json.encode({"file": str(out), "profiles": rows}).decode())
+        return
+    table = Table("variant", "batch", "samples", "p50 ms", "p98 ms", "mean ms", "times", "beside it")
+    for found in profiles:
+        for row in _profile_rows(found):
+            cells = (f"{row[key]:.2f}" for key in ("p50_ms", "p98_ms", "mean_ms"))
+            beside = ", ".join(found.co_located) or "nothing"
+            table.add_row(found.variant, str(row["batch_size"]), str(row["samples"]), *cells, found.source, beside)
+    Console().print(table)
+    _notes.print(f"written: {out}")
+
+
+def _profile_rows(found: Profile) -> list[dict[str, object]]:
+    return [
+        {
+            "variant": found.variant,
+            "device": found.device,
+            "source": found.source,
+            "co_located": list(found.co_located),
+            "batch_size": times.batch_size,
+            "samples": times.samples,
+            "p50_ms": 1000 * found.quantile_s(times.batch_size, 0.5),
+            "p98_ms": 1000 * found.quantile_s(times.batch_size, 0.98),
+            "mean_ms": 1000 * found.mean_s(times.batch_size),
+        }
+        for times in found.times
+    ]
+
+
+def _choose(names: list[str], folders: list[Path]) -> list[Variant]:
+    variants = load_catalog(folders)
+    for name in names:
+        if name not in variants:
+            remedy = f"not in the catalog; choose from {', '.join(variants)} or add a folder with --catalog"
+            raise VariantError("command line", "variant", name, remedy)
+    return [variants[name] for name in names]
+
+
+def _summary(variant: Variant) -> dict[str, object]:
+    """What a person wants to see of a variant; `available` is false where its file has still to be made."""
+    return {
+        "name": variant.name,
+        "service": variant.service,
+        "runtime": variant.runtime,
+        "input_shape": list(variant.input.shape),
+        "classes": variant.classes,
+        "accuracy": variant.accuracy.value,
+        "accuracy_source": variant.accuracy.source,
+        "available": variant.runtime == "emulated" or Path(variant.path).is_file(),
+        "description": variant.description,
+    }
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn a `VariantError` into one line on stderr and exit status 2."""
+    try:
+        yield
+    except VariantError as error:
+        _notes.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from error
