@@ -107,6 +107,22 @@ class Board:
         """The service's table if it has not expired."""
         return _decode(await self._redis.get(f"table:{service}"), Table)
 
+    # the workload's phase, which only an experiment's load generator knows
+
+    async def put_phase(self, service: str, phase: int) -> None:
+        """Says which phase the workload of a service is in, for policies that need to be told (10 min at most)."""
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.set(f"phase:{service}", phase, ex=600)
+        pipeline.publish("news", "phase")
+        await pipeline.execute()
+
+    async def phases(self, services: list[str]) -> dict[str, int]:
+        """The reported phases of those services that have one."""
+        values = await self._redis.mget([f"phase:{service}" for service in services]) if services else []
+        return {service: int(value) for service, value in zip(services, values, strict=True) if value is not None}
+
+    # the decision log
+
     async def add_decision(self, record: DecisionRecord) -> None:
         """Appends to the bounded decision log."""
         await self._redis.xadd("decisions", {"decision": _json(record)}, maxlen=DECISIONS_KEPT, approximate=True)

@@ -1,0 +1,146 @@
+"""What the scheduler sees at a slot boundary: every worker's status, over its own links, as one Observation.
+
+The board says who exists (read every second and on news); the links say how they are, at this moment: 100 ms of age
+would be 18 requests of a burst (DESIGN section 1).
+"""
+
+import asyncio
+import contextlib
+import logging
+from types import TracebackType
+from typing import Final, Self
+
+import msgspec
+
+from policies.routing.contract import InstanceKind, Observation, observation_of
+from protocol.board import BOARD_ERRORS, Board
+from protocol.frames import Kind
+from protocol.link import LinkClosed
+from protocol.peer import Peer
+from protocol.records import Deployment, InstanceRecord, InstanceState, ServiceSpec, Status, WorkerStatus
+
+log = logging.getLogger("scheduler.observe")
+
+READ_AGAIN_S: Final = 1.0
+_UNKNOWN_SERVICE_S: Final = 0.01
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """One service at one moment: its instances in sorted order, their kinds and their observation."""
+
+    instances: tuple[str, ...]
+    kinds: tuple[InstanceKind, ...]
+    observation: Observation
+
+
+class Observer:
+    """Follows the board and keeps one link per worker. `async with` starts it."""
+
+    def __init__(self, board: Board, timeout_s: float) -> None:
+        self.board = board
+        self.deployment: Deployment | None = None
+        self.changed = asyncio.Event()
+        self._timeout_s = timeout_s
+        self._records: dict[str, InstanceRecord] = {}
+        self._phases: dict[str, int] = {}
+        self._peers: dict[str, Peer] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._loops = [
+            asyncio.create_task(self.board.follow(self._read, self._on_news), name="observer.follow"),
+            asyncio.create_task(self._read_again(), name="observer.read_again"),
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [*self._loops, *self._tasks.values()]
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    async def observe(self, service: str, spec: ServiceSpec) -> Seen:
+        """Asks every worker of the service for its status, all at once, and waits at most the timeout."""
+        records = sorted((one for one in self._records.values() if one.service == service), key=lambda one: one.id)
+        order = {variant: rank for rank, variant in enumerate(spec.variants)}
+        records = [record for record in records if record.variant in order]
+        addresses = {record.address for record in records}
+        answers = await asyncio.gather(*(self._ask(address) for address in addresses))
+        statuses = {status.instance: status for answer in answers if answer for status in answer.instances}
+        draining = {answer.worker for answer in answers if answer and answer.draining}
+        ready = [
+            record.state is InstanceState.READY and record.id in statuses and record.worker not in draining
+            for record in records
+        ]
+        each = [statuses.get(record.id, Status(record.id)) for record in records]
+        return Seen(
+            instances=tuple(record.id for record in records),
+            kinds=tuple(
+                InstanceKind(
+                    variant=record.variant,
+                    rank=order[record.variant],
+                    service_s=record.service_s or _UNKNOWN_SERVICE_S,
+                    accuracy=record.accuracy or 0.0,
+                    capacity=record.capacity,
+                )
+                for record in records
+            ),
+            observation=observation_of(
+                length=[status.length for status in each],
+                elapsed_s=[status.elapsed_s for status in each],
+                ages_s=[status.ages_s for status in each],
+                in_service=[status.batch for status in each],
+                ready=ready,
+                phase=self._phases.get(service, -1),
+            ),
+        )
+
+    async def _ask(self, address: str) -> WorkerStatus | None:
+        peer = self._peers.get(address)
+        if peer is None or not peer.up:
+            return None
+        try:
+            request_id, future = peer.request(Kind.STATUS_REQUEST)
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    frame = await future
+            except TimeoutError:
+                peer.cancel(request_id)
+                return None
+            return msgspec.msgpack.decode(frame.meta, type=WorkerStatus)
+        except (LinkClosed, msgspec.MsgspecError):
+            return None
+
+    # the board
+
+    async def _read(self) -> None:
+        deployment = await self.board.deployment()
+        if deployment is not None and (self.deployment is None or deployment.version > self.deployment.version):
+            self.deployment = deployment
+            self.changed.set()
+        self._records = {record.id: record for record in await self.board.instances()}
+        if self.deployment is not None:
+            self._phases = await self.board.phases(list(self.deployment.services))
+        wanted = {record.address for record in self._records.values()}
+        for address in wanted - self._peers.keys():
+            peer = self._peers[address] = Peer(address, lambda peer: None)
+            self._tasks[address] = asyncio.create_task(peer.run(), name=f"link to {address}")
+        for address in self._peers.keys() - wanted:
+            if not self._peers[address].up:
+                del self._peers[address]
+                self._tasks.pop(address).cancel()
+
+    async def _on_news(self, channel: str, data: bytes) -> None:
+        if channel == "news":
+            await self._read()
+
+    async def _read_again(self) -> None:
+        while True:
+            await asyncio.sleep(READ_AGAIN_S)
+            with contextlib.suppress(*BOARD_ERRORS):
+                await self._read()

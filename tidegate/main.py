@@ -1,0 +1,23 @@
+"""The `tidegate` command: one typer application, one file per group of commands."""
+
+import typer
+
+from tidegate import up_command
+
+app = typer.Typer(
+    help="An edge inference server that keeps its latency promise through bursts by choosing which model answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `up` a sub-command whatever else is there."""
+
+
+app.command("up")(up_command.up)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,102 @@
+"""`tidegate up -f FILE`: serve a deployment on this machine until Ctrl-C."""
+
+import asyncio
+import contextlib
+import signal
+import time
+from pathlib import Path
+from typing import Annotated
+
+import aiohttp
+import msgspec
+import typer
+from rich.console import Console
+
+from protocol.deployment import DeploymentError, DeploymentFile, read_deployment
+from tidegate.supervisor import Supervisor
+
+READY_PATIENCE_S = 120.0
+
+
+def up(
+    file: Annotated[Path, typer.Option("-f", "--file", help="Deployment file, as deploy/digits.toml.")],
+    port: Annotated[int | None, typer.Option(help="HTTP port instead of the file's.")] = None,
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on instead of the file's; 0.0.0.0 for all.")
+    ] = None,
+    board: Annotated[
+        str, typer.Option(envvar="TIDEGATE_REDIS_URL", help="An existing Redis; otherwise a private one is started.")
+    ] = "",
+    embedded: Annotated[bool, typer.Option(help="Use the embedded board even if redis-server is installed.")] = False,
+) -> None:
+    """Start board, scheduler, workers and gateway of FILE; serve until Ctrl-C, then drain.
+
+    Example: tidegate up -f deploy/digits.toml
+    """
+    console = Console(stderr=True)
+    try:
+        asyncio.run(_serve(with_address(read_deployment(file), host, port), board, embedded, console))
+    except (DeploymentError, OSError, StartFailed) as error:
+        console.print(f"tidegate up: {error}", style="red", highlight=False, markup=False)
+        raise typer.Exit(1) from None
+
+
+class StartFailed(RuntimeError):
+    """The system did not become ready: says what is missing and what the processes said last."""
+
+
+def with_address(file: DeploymentFile, host: str | None, port: int | None) -> DeploymentFile:
+    """The deployment, listening somewhere else where asked."""
+    settings = msgspec.structs.replace(
+        file.gateway, host=host if host is not None else file.gateway.host, port=port or file.gateway.port
+    )
+    return msgspec.structs.replace(file, gateway=settings)
+
+
+async def _serve(file: DeploymentFile, board: str, embedded: bool, console: Console) -> None:
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    started_s = time.monotonic()
+    supervisor = Supervisor(
+        file,
+        redis_url=board,
+        embedded=embedded,
+        on_event=lambda text: console.print(text, style="yellow", markup=False),
+    )
+    async with supervisor:
+        console.print(f"{file.name}: board {supervisor.board_kind}, logs in {supervisor.folder}", highlight=False)
+        ready = asyncio.create_task(until_ready(supervisor))
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if not stop.is_set():
+            ready.result()
+            console.print(
+                f"ready after {time.monotonic() - started_s:.1f} s at {supervisor.url}  (docs: {supervisor.url}/docs,"
+                f" state: {supervisor.url}/state) - Ctrl-C drains and ends",
+                style="green",
+                highlight=False,
+            )
+        ready.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await stopped
+        console.print("draining …")
+    console.print("ended")
+
+
+async def until_ready(supervisor: Supervisor, patience_s: float = READY_PATIENCE_S) -> None:
+    """Returns once every service can be answered. Raises `StartFailed` with what is missing."""
+    ends_s = time.monotonic() + patience_s
+    reasons: list[str] = ["the gateway does not answer yet"]
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
+        while time.monotonic() < ends_s:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+                async with session.get(f"{supervisor.url}/readyz") as response:
+                    if response.status == 200:
+                        return
+                    reasons = (await response.json())["reasons"]
+            if any(child.restarts >= 3 for child in supervisor.children):
+                break
+            await asyncio.sleep(0.05)
+    words = [f"--- {child.name}\n{child.last_words()}" for child in supervisor.children if child.restarts]
+    raise StartFailed("; ".join(reasons) + "".join(f"\n{one}" for one in words))
