@@ -29,10 +29,9 @@ UNANSWERED = "not answered"
 
 _POINTS = 3000  # latency points drawn per router; more would only slow the page down
 _SAMPLE_SEED = 0
-_BINS = 90  # time bins aimed at
+_BINS = 120  # time bins aimed at
 _SHADES = 400  # bursts shaded at most
 _QUEUE_POINTS = 2000  # per instance
-_DASHES = ("solid", "dot", "dash", "dashdot")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +45,7 @@ class RouterRun:
 
 
 def bin_width_s(end_s: float) -> float:
-    """Return a round number of seconds (1, 2 or 5 times a power of ten) that gives about 90 bins."""
+    """Return a round number of seconds (1, 2 or 5 times a power of ten) that gives about 120 bins."""
     exact = max(end_s, 1e-3) / _BINS
     power = 10.0 ** np.floor(np.log10(exact))
     return float(next(power * step for step in (1, 2, 5, 10) if power * step >= exact * 0.999))
@@ -204,20 +203,18 @@ def queue_figure(run: RouterRun, arrivals: Arrivals, colours: Mapping[str, str],
     if not run.queue_lengths:
         return None
     variant_of = _variant_of_instance(run.record)
-    drawn: dict[str, int] = {}
     data = []
     for instance in sorted(run.queue_lengths):
         series = run.queue_lengths[instance]
         step = max(1, -(-len(series) // _QUEUE_POINTS))
         name = variant_of.get(instance, "")
-        style = _DASHES[drawn.get(name, 0) % len(_DASHES)]
-        drawn[name] = drawn.get(name, 0) + 1
         data.append(
             {
                 "type": "scatter",
                 "mode": "lines",
                 "legendgroup": name,
-                "line": {"shape": "hv", "width": 1.4, "dash": style, "color": colours.get(name, OTHER_COLOUR)},
+                "opacity": 0.7,  # instances of one variant share its colour and often lie on one another
+                "line": {"shape": "hv", "width": 1.5, "color": colours.get(name, OTHER_COLOUR)},
                 "x": [round(time_s, 3) for time_s, _ in series[::step]],
                 "y": [length for _, length in series[::step]],
                 "hovertemplate": f"{_plain(instance)}: %{{y}} at %{{x:.1f}} s<extra></extra>",

@@ -131,7 +131,7 @@ def finding(runs: Sequence[RouterRun]) -> str:
     if len(ranked) > 1:
         gap = abs(_overall(best, key) - _overall(ranked[1], key))
         said += f" Next comes {html.escape(ranked[1].name)}, {gap * 100:.1f} points behind"
-        said += ": no more than chance, with so few requests." if gap < _chance(best, ranked[1], key) else "."
+        said += f": within chance for {len(best.record):,} requests." if gap < _chance(best, ranked[1], key) else "."
     return said
 
 
@@ -173,7 +173,8 @@ def _load(trace: Trace) -> str:
         said += (
             f"; {len(spans)} burst{'s' if len(spans) > 1 else ''}, shaded, {sum(b - a for a, b in spans):,.1f} s in all"
         )
-    return f"{html.escape(trace.description)}: {said}. Every router got exactly these."
+    what = trace.description[:1].upper() + trace.description[1:]
+    return f"{html.escape(what)}: {said}. Every router got exactly these."
 
 
 def _table(runs: Sequence[RouterRun], requirement_ms: float | None) -> str:

@@ -44,6 +44,9 @@ async def answer(
 def bare_server() -> Iterator[str]:
     """Run `answer` under uvicorn in a child process; gives its URL."""
     with socket.create_server(("127.0.0.1", 0), backlog=1024) as listener:
+        # Inherited by the connections. Uvicorn takes an inherited socket for a unix one and would not ask for
+        # it: head and body of an answer are two writes, and the second would wait 40 ms for an ACK.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
         command = [sys.executable, "-m", "uvicorn", "loadgen.self_test:answer", "--fd", str(listener.fileno())]
         command += ["--app-dir", str(Path(__file__).parents[1]), "--log-level", "warning", "--lifespan", "off"]

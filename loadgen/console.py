@@ -1,0 +1,78 @@
+"""What a person at a terminal sees: a live line while a run is under way (stderr), a table afterwards."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from loadgen import sender
+from loadgen.answers import Outcome
+from loadgen.score import Score
+
+_PIPE_WIDTH = 110
+
+
+@contextmanager
+def live_progress(name: str, console: Console | None = None) -> Iterator[sender.ProgressCallback]:
+    """Show one run's progress on stderr (or `console`) and give the callback that a replay calls."""
+    bar = Progress(
+        SpinnerColumn(),
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[counts]}"),
+        TimeRemainingColumn(),
+        console=console or Console(stderr=True),
+        transient=False,
+    )
+    with bar:
+        task = bar.add_task(name, total=None, counts="")
+
+        def show(progress: sender.Progress) -> None:
+            bar.update(
+                task,
+                total=progress.end_s,
+                completed=min(progress.now_s, progress.end_s),
+                counts=counts_text(progress),
+            )
+
+        yield show
+
+
+def counts_text(progress: sender.Progress) -> str:
+    """Return one line of plain text: sent of planned, in flight, and every outcome that occurred."""
+    parts = [f"{progress.sent:,}/{progress.planned:,} sent", f"{progress.in_flight} in flight"]
+    parts += [f"{count:,} {Outcome(outcome).name}" for outcome, count in progress.counts.items() if count]
+    return " · ".join(parts)
+
+
+def print_results(results: Mapping[str, Mapping[str, Score]], title: str | None = None) -> None:
+    """Print the table to stdout; in a pipe, wide enough for every column."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = _PIPE_WIDTH
+    console.print(results_table(results, title))
+
+
+def results_table(results: Mapping[str, Mapping[str, Score]], title: str | None = None) -> Table:
+    """Return a rich table of {router: {phase: score}}, one line per router and phase."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("router", "phase"):
+        table.add_column(name, no_wrap=True)
+    for name in ("requests", "goodput", "violations", "heavy", "P50 ms", "P98 ms", "P99 ms"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for router, scores in results.items():
+        for i, (phase, row) in enumerate(scores.items()):
+            shares = (row["goodput_ratio"], row["violation_ratio"], row["heavy_ratio"])
+            times = (row["p50_ms"], row["p98_ms"], row["p99_ms"])
+            table.add_row(
+                router if i == 0 else "",
+                phase,
+                f"{row['requests']:,}",
+                *("–" if share is None else f"{share:.2%}" for share in shares),
+                *("–" if time is None else f"{time:,.1f}" for time in times),
+                end_section=i == len(scores) - 1,
+            )
+    return table
