@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 LEAD_S = 0.05  # from the start of a run to its time zero, so that the first request is not late
 _NAP_S = 0.1  # longest sleep at a time, so that stopping is felt at once
+_TICK_S = 0.001  # uvloop's timers count milliseconds; asking for less would turn waiting into spinning
 _STOP_GRACE_S = 2.0  # how long a stopped run still waits for answers
 _KEEPALIVE_S = 4.0  # below the 5 s after which common servers close an idle connection
 _LARGE_BODY_BYTES = 1 << 20  # aiohttp wants larger bodies as files
@@ -229,7 +230,7 @@ class _Run:
             left_s = moment_s - self._now_s()
             if left_s <= 0 or self._stop.is_set():
                 return
-            await asyncio.sleep(min(left_s, _NAP_S))
+            await asyncio.sleep(min(max(left_s, _TICK_S), _NAP_S))
 
     def _now_s(self) -> float:
         # uvloop's own clock only has milliseconds.
