@@ -5,9 +5,12 @@ import logging
 import sys
 import time
 
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+"""What every record carries; anything beyond came with `extra`."""
+
 
 class JsonLines(logging.Formatter):
-    """``{"time", "level", "process", "name", "message"}`` and, for exceptions, ``"trace"``."""
+    """``{"time", "level", "process", "name", "message"}``, what `extra` brought, and for exceptions ``"trace"``."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -21,9 +24,10 @@ class JsonLines(logging.Formatter):
             "name": record.name,
             "message": record.getMessage(),
         }
+        line |= {key: value for key, value in record.__dict__.items() if key not in _STANDARD}
         if record.exc_info:
             line["trace"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
+        return json.dumps(line, ensure_ascii=False, default=str)
 
 
 def log_as_json_lines(process: str, level: int = logging.INFO) -> None:

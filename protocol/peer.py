@@ -69,8 +69,10 @@ class Peer:
                     self._connection = await connect(self.address, self._make_connection)
                 except OSError as error:
                     self.last_error = f"{self.address}: {error.strerror or error}"
+                    # Not wait_for: on Python 3.11 it loses a cancellation that comes together with the event.
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._hurry.wait(), pause_s)
+                        async with asyncio.timeout(pause_s):
+                            await self._hurry.wait()
                     pause_s = min(LONGEST_PAUSE_S, pause_s * 2)
                     continue
                 pause_s = FIRST_PAUSE_S

@@ -42,7 +42,8 @@ class WorkerCollector(Collector):
         for one in statistics.instances:
             values = [self._worker, one.id, one.variant]
             for attempt, count in zip(Attempt, one.queue.counts, strict=True):
-                ended.add_metric([*values, attempt.name], count)
+                if attempt is not Attempt.LOST:  # the gateway's word, never a worker's
+                    ended.add_metric([*values, attempt.name], count)
             arrived.add_metric(values, one.queue.arrived)
             length.add_metric(values, one.queue.length)
             capacity.add_metric(values, one.queue.capacity)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
+from protocol.deployment import check_deployment
 from protocol.outcomes import Attempt
 from protocol.records import Deployment, InstanceSpec, ServiceSpec
 from workers.host import Host
@@ -102,6 +103,9 @@ class Reconciler:
                 log.info("waiting for a deployment on the board")
             return
         self._deployment = deployment
+        if fault := check_deployment(deployment):
+            log.error("deployment refused; what is loaded stays", extra={"reason": fault})
+            return
         wanted = wanted_on(deployment, self._worker)
         if wanted is None:
             names = ", ".join(spec.name for spec in deployment.workers) or "none"
@@ -136,12 +140,16 @@ class Reconciler:
             self._lives[wanted.id] = asyncio.create_task(self._run(instance), name=wanted.id)
 
     def _adjust(self, instance: Instance, wanted: Wanted) -> None:
+        if instance.unwanted.is_set() or (instance.spec, instance.service) == (wanted.spec, wanted.service):
+            return  # on its way out, and loaded anew once it is gone; or as wanted already
         instance.queue.capacity = wanted.spec.capacity
         if instance.spec.batch != wanted.spec.batch:
             instance.queue.set_batch_limits(*wanted.spec.batch)
-        if (instance.spec, instance.service) != (wanted.spec, wanted.service):
-            instance.spec, instance.service = wanted.spec, wanted.service
-            self._on_change()
+        else:
+            instance.queue.set_batch_limits(instance.queue.minimum, instance.queue.maximum)
+        instance.spec, instance.service = wanted.spec, wanted.service
+        self._host.limits_changed()
+        self._on_change()
 
     async def _run(self, instance: Instance) -> None:
         try:

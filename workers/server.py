@@ -1,6 +1,6 @@
 """The worker process: gateways' frames in, replies out, and the board's deployment kept.
 
-`serve_until` is the loop that names its phases; `Peer` is one gateway's (or scheduler's) connection.
+`serve_until` is the loop that names its phases; `Caller` is one gateway's (or scheduler's) connection.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 _decode_infer = msgspec.msgpack.Decoder(Infer).decode
 _MOST_UNSENT_BYTES = 16 << 20
-"""A peer that lets this much pile up reads no replies: its connection is closed."""
+"""A caller that lets this much pile up reads no replies: its connection is closed."""
 
 
 async def serve_until(stop: asyncio.Event, config: WorkerConfig, clock: Clock | None = None) -> None:
@@ -38,8 +38,8 @@ async def serve_until(stop: asyncio.Event, config: WorkerConfig, clock: Clock | 
     clock = clock or LoopClock()
     device, preparer = Device(clock), Preparer(config.prepare_threads)
     host = Host(clock, device, preparer)
-    peers: set[Peer] = set()
-    listener = await serve(config.address, lambda: Peer(config.name, host, peers).connection)
+    callers: set[Caller] = set()
+    listener = await serve(config.address, lambda: Caller(config.name, host, callers).connection)
     site = Site(config.name, advertised(config, listener), secrets.token_hex(8))
     try:
         with serve_metrics(config.metrics_host, config.metrics_port, config.name, host):
@@ -48,8 +48,8 @@ async def serve_until(stop: asyncio.Event, config: WorkerConfig, clock: Clock | 
                 await _follow_board(stop, config, board, host, site)
     finally:
         listener.close()
-        for peer in list(peers):
-            peer.connection.close("the worker has ended")
+        for caller in list(callers):
+            caller.connection.close("the worker has ended")
         preparer.close()
         device.close()
 
@@ -102,16 +102,16 @@ def advertised(config: WorkerConfig, listener: asyncio.Server) -> str:
     return config.address
 
 
-class Peer:
+class Caller:
     """One connection and its requests that are in this worker. A connection that ends cancels them all."""
 
-    def __init__(self, worker: str, host: Host, peers: "set[Peer]") -> None:
+    def __init__(self, worker: str, host: Host, callers: "set[Caller]") -> None:
         self.connection = Connection(self._on_frame, self._on_close)
         self._worker = worker
         self._host = host
-        self._peers = peers
+        self._callers = callers
         self._requests: dict[int, Request] = {}
-        peers.add(self)
+        callers.add(self)
 
     def _on_frame(self, connection: Connection, frame: Frame) -> None:
         match frame.kind:
@@ -148,6 +148,6 @@ class Peer:
             self.connection.close("replies are not read")
 
     def _on_close(self, connection: Connection, reason: str) -> None:
-        self._peers.discard(self)
+        self._callers.discard(self)
         for request in list(self._requests.values()):
             self._host.cancel(request)

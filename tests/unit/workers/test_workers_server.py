@@ -1,0 +1,80 @@
+"""One connection of a worker: what it takes, and what its end means."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from protocol.frames import Frame, Kind
+from protocol.outcomes import Attempt
+from protocol.records import Infer
+from workers.server import Caller
+
+Bench = Any  # of this folder's conftest.py
+
+
+class Wire:
+    """Stands in for a transport: keeps what was written."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.closing = False
+
+    def write(self, data: bytes) -> None:
+        """Keep."""
+        self.written += data
+
+    def set_write_buffer_limits(self, high: int) -> None:
+        """Nothing."""
+
+    def get_write_buffer_size(self) -> int:
+        """Nothing waits."""
+        return 0
+
+    def is_closing(self) -> bool:
+        """As told."""
+        return self.closing
+
+    def close(self) -> None:
+        """Told."""
+        self.closing = True
+
+
+def frame(kind: Kind, request_id: int, meta: Any = None, payload: bytes = b"") -> Frame:
+    """A frame as it comes off the wire."""
+    return Frame(kind, request_id, msgspec.msgpack.encode(meta) if meta is not None else b"", payload)
+
+
+def test_a_connection_that_ends_cancels_its_requests(bench: Bench) -> None:
+    """Waiting ones free their places at once; the one in service is computed, for nobody."""
+    instance = bench.add("a", 1.0)
+    caller, wire = Caller("w", bench.host, set()), Wire()
+    caller.connection.connection_made(wire)  # type: ignore[arg-type]
+    for number in range(3):
+        caller._on_frame(caller.connection, frame(Kind.INFER, number, Infer("a", 60.0), b"x"))
+    assert instance.queue.length == 3
+    caller.connection.connection_lost(None)
+    assert instance.queue.length == 1
+    bench.clock.advance_to(5.0)
+    assert instance.queue.counts[Attempt.CANCELLED] == 3
+    assert wire.written == b"", "nothing is sent to who has gone"
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (Frame(Kind.INFER, 5, b"\xc1", b""), "not an INFER"),
+        (frame(Kind.INFER, 1, Infer("a", 60.0), b"x"), "used twice"),
+        (frame(Kind.INFER, 5, Infer("a", float("nan")), b"x"), "no number"),
+        (frame(Kind.REPLY, 5), "takes no REPLY"),
+    ],
+)
+def test_a_frame_that_makes_no_sense_closes_the_connection(bench: Bench, bad: Frame, reason: str) -> None:
+    """With a reason; the worker lives on."""
+    bench.add("a", 1.0)
+    caller, wire = Caller("w", bench.host, set()), Wire()
+    caller.connection.connection_made(wire)  # type: ignore[arg-type]
+    caller._on_frame(caller.connection, frame(Kind.INFER, 1, Infer("a", 60.0), b"x"))
+    caller._on_frame(caller.connection, bad)
+    assert wire.closing
+    assert reason.encode() in wire.written
