@@ -1,6 +1,7 @@
 """`python -m workers`: start one worker process and serve until SIGTERM or Ctrl-C."""
 
 import asyncio
+import enum
 import logging
 import signal
 import sys
@@ -9,7 +10,6 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from models.catalog import VariantError, load_catalog
@@ -17,9 +17,16 @@ from protocol.logs import log_as_json_lines
 from workers.config import ConfigError, WorkerConfig
 from workers.server import serve_until
 
-_LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class LogLevel(enum.StrEnum):
+    """What is worth a line."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
 
 
 @app.command(epilog="Example: python -m workers --name a --board redis://127.0.0.1:6379/0 --address unix:/tmp/a.sock")
@@ -42,9 +49,7 @@ def main(
     drain_s: Annotated[float, typer.Option(help="After SIGTERM: longest wait for queued requests, in seconds.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Seed of emulated variants' service times and answers.")] = 0,
     prepare_threads: Annotated[int, typer.Option(help="Threads that decode and resize inputs.")] = 2,
-    log_level: Annotated[
-        str, typer.Option(help="JSON lines on stderr from this level on.", click_type=click.Choice(sorted(_LEVELS)))
-    ] = "info",
+    log_level: Annotated[LogLevel, typer.Option(help="JSON lines on stderr, from this level on.")] = LogLevel.INFO,
 ) -> None:
     """Host a deployment's instances on one device.
 
@@ -70,7 +75,7 @@ def main(
     except (ConfigError, VariantError) as error:
         print(f"worker not started: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
-    log_as_json_lines(f"worker {name}", _LEVELS[log_level])
+    log_as_json_lines(f"worker {name}", logging.getLevelNamesMapping()[log_level.name])
     try:
         _run(_serve(config))
     except ConfigError as error:
