@@ -106,7 +106,7 @@ class Options:
 class EdgeNetwork:
     """A graph, its services and prices, with all derived figures at hand. Immutable after construction."""
 
-    def __init__(self, graph: EdgeGraph, tables: Sequence[ServiceTable], prices: Prices = Prices()) -> None:  # noqa: B008
+    def __init__(self, graph: EdgeGraph, tables: Sequence[ServiceTable], prices: Prices = Prices()) -> None:
         """Stack the tables (padded to the largest service) and find the shortest paths."""
         if not tables:
             raise PlacementError("no service tables; give at least one")
@@ -170,9 +170,7 @@ class EdgeNetwork:
         in_time = access_s + transmission_s + compute_s <= slots.deadline_s[:, u]
         fits = state.memory_used_mb[rows, k] + variant_mb + data_mb <= self.graph.memory_mb[k]
         taken = present & asked & in_time & fits
-        reason = np.select(
-            [~present, ~asked, ~in_time, ~fits], [NO_REQUEST, NOT_PLACED, TOO_LATE, NO_MEMORY], ACCEPTED
-        )
+        reason = np.select([~present, ~asked, ~in_time, ~fits], [NO_REQUEST, NOT_PLACED, TOO_LATE, NO_MEMORY], ACCEPTED)
         state.waiting_tflop[rows, k] += np.where(taken, self.work_tflop[s, i, j], 0.0)
         state.memory_used_mb[rows, k] += np.where(taken, variant_mb + data_mb, 0.0)
         state.deployed[rows, k, column] |= taken

@@ -93,7 +93,8 @@ class Exact:
         """Per request what may still improve on the incumbent, and a first bound on the reward."""
         network, state = self.network, self.network.start(slot)
         price = network.prices.memory_usd_per_mb
-        listed, best = [], np.zeros(slot.requests)
+        best = np.zeros(slot.requests)
+        listed: list[_Actions | None] = []
         for u in range(slot.requests):
             service = int(slot.service[0, u])
             if service == ABSENT:
@@ -209,7 +210,9 @@ class _Model:
             for variable, (_, m, k), size in zip(self.chosen[u], own.placement, own.data_mb, strict=True):
                 users.setdefault((int(k), int(network.first_variant[service] + m)), []).append(variable)
                 data.setdefault(int(k), []).append((variable, _ceil(float(size))))
-        sizes = np.concatenate([mb[: len(t.variants)] for mb, t in zip(network.variant_mb, network.tables, strict=True)])
+        sizes = np.concatenate(
+            [mb[: len(t.variants)] for mb, t in zip(network.variant_mb, network.tables, strict=True)]
+        )
         used: dict[int, list[cp_model.LinearExpr]] = {}
         for (k, column), variables in users.items():
             if slot.deployed[0, k, column]:

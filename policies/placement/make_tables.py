@@ -6,8 +6,8 @@ Three origins, never mixed in a cell:
 - measured: size factors (eta). Detection: sample photographs, textures and documents that ship inside
   scikit-image and scikit-learn are resized and encoded as JPEG at every resolution and quality. Tracking: a window
   pans over such photographs for one second at every resolution and frame rate, each frame a JPEG as MOT17 stores
-  its clips (H.264 of the same clips shrinks less: 0.86 at 5 fps, because the steps between frames grow). A factor is the
-  mean over images of bytes / bytes at the highest configuration.
+  its clips (H.264 of the same clips shrinks less: 0.86 at 5 fps, because the steps between frames grow). A factor is
+  the mean over images of bytes / bytes at the highest configuration.
 - modelled: accuracy at every other configuration (`detection_factor`, `tracking_factor`): smooth curves held to the
   paper's statements (range 0.42 to 0.097 for detection; half resolution is comparable for tracking and the range
   0.85 to 0.6 as a ratio; a lower quality weighs more at a lower resolution). Figs. 4 and 5 are not available.
@@ -57,7 +57,8 @@ def sample(name: str) -> Pixels:
     """One installed sample image as (height, width, 3) bytes."""
     if name in ("china", "flower"):
         return np.asarray(sklearn.datasets.load_sample_image(f"{name}.jpg"))
-    pixels = skimage.data.stereo_motorcycle()[0] if name == "motorcycle_left" else getattr(skimage.data, name)()
+    getter = getattr(skimage.data, "stereo_motorcycle" if name == "motorcycle_left" else name)
+    pixels = getter()[0] if name == "motorcycle_left" else getter()
     return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else np.ascontiguousarray(pixels[:, :, :3])
 
 
@@ -95,7 +96,7 @@ def measure_detection() -> NDArray[np.float64]:
         pixels = sample(name)
         sizes = np.array([[jpeg_bytes(resized(pixels, r), q) for q in QUALITIES] for r in RESOLUTIONS], dtype=float)
         tables.append(sizes / sizes[0, 0])
-    return np.mean(tables, axis=0)
+    return np.asarray(np.mean(tables, axis=0))
 
 
 def measure_tracking() -> NDArray[np.float64]:
@@ -108,7 +109,7 @@ def measure_tracking() -> NDArray[np.float64]:
             for r in RESOLUTIONS
         ]
         tables.append(np.array(sizes, dtype=float) / sizes[0][0])
-    return np.mean(tables, axis=0)
+    return np.asarray(np.mean(tables, axis=0))
 
 
 def detection_factor(resolution: float, quality: int) -> float:

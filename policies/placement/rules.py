@@ -195,7 +195,8 @@ class Beam:
             if slot.service[0, u] == ABSENT:
                 continue
             beam = self._extend(beam, slot, rows.take(slice(0, len(beam.score))), u, alone[u + 1 :])
-        return beam.placements[int(beam.score.argmax())]
+        best: IntArray = beam.placements[int(beam.score.argmax())]
+        return best
 
     def _extend(self, beam: _Beam, slot: Slots, rows: Slots, u: int, later: FloatArray) -> _Beam:
         """Place request u in every row in the most promising ways and keep the best rows."""
@@ -242,4 +243,5 @@ def _optimistic_rest(later: FloatArray, waiting_s: FloatArray, node: IntArray, a
     first = np.take_along_axis(now, order[:, :, -1:], 2)
     second = np.take_along_axis(now, order[:, :, -2:-1], 2) if now.shape[2] > 1 else np.full_like(first, -np.inf)
     elsewhere = np.where(order[:, :, -1:] == node, second, first)  # (B, L, J)
-    return np.maximum(elsewhere, now[:, :, node] - added_s[:, None, :]).sum(axis=1)
+    rest: FloatArray = np.maximum(elsewhere, now[:, :, node] - added_s[:, None, :]).sum(axis=1)
+    return rest

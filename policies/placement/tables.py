@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +50,7 @@ class ServiceTable:
         low, high = float(self.accuracy.min()), float(self.accuracy.max())
         if high == low:
             return np.ones_like(self.accuracy)
-        return cast(FloatArray, (self.accuracy - low) / (high - low))
+        return (self.accuracy - low) / (high - low)
 
 
 def read_table(path: Path) -> ServiceTable:
@@ -81,8 +81,10 @@ def parse_table(raw: Mapping[str, Any], where: str) -> ServiceTable:
     if low > high:
         raise TableError(f"{where}: requests.data_mb is [{low}, {high}]; the smaller figure comes first")
     deadlines = _numbers(requests.get("deadlines_s"), None, "requests.deadlines_s", where)
-    factors = [_number(c.get("size_factor"), f"configuration[{i}].size_factor", where, 1.0)
-               for i, c in enumerate(configurations)]
+    factors = [
+        _number(c.get("size_factor"), f"configuration[{i}].size_factor", where, 1.0)
+        for i, c in enumerate(configurations)
+    ]
     passes = [c.get("inferences", 1) for c in configurations]
     for i, count in enumerate(passes):
         if not isinstance(count, int) or count < 1:
@@ -90,20 +92,26 @@ def parse_table(raw: Mapping[str, Any], where: str) -> ServiceTable:
     accuracy, sources = [], []
     for j, variant in enumerate(variants):
         accuracy.append(_numbers(variant.get("accuracy"), len(configurations), f"variant[{j}].accuracy", where))
-        sources.append(_sources(variant.get("accuracy_source"), len(configurations),
-                                f"variant[{j}].accuracy_source", where))
+        sources.append(
+            _sources(variant.get("accuracy_source"), len(configurations), f"variant[{j}].accuracy_source", where)
+        )
     fixed = {"name", "size_factor", "size_factor_source", "inferences"}
     return ServiceTable(
         name=name,
         configurations=tuple(str(c.get("name", i)) for i, c in enumerate(configurations)),
         settings=tuple({k: float(v) for k, v in c.items() if k not in fixed} for c in configurations),
         size_factor=np.array(factors),
-        size_factor_source=_sources([c.get("size_factor_source") for c in configurations], len(configurations),
-                                    "configuration.size_factor_source", where),
+        size_factor_source=_sources(
+            [c.get("size_factor_source") for c in configurations],
+            len(configurations),
+            "configuration.size_factor_source",
+            where,
+        ),
         inferences=np.array(passes, dtype=np.int64),
         variants=tuple(str(v.get("name", j)) for j, v in enumerate(variants)),
-        memory_mb=np.array([_number(v.get("memory_mb"), f"variant[{j}].memory_mb", where)
-                            for j, v in enumerate(variants)]),
+        memory_mb=np.array(
+            [_number(v.get("memory_mb"), f"variant[{j}].memory_mb", where) for j, v in enumerate(variants)]
+        ),
         tflop=np.array([_number(v.get("tflop"), f"variant[{j}].tflop", where) for j, v in enumerate(variants)]),
         accuracy=np.array(accuracy).T,
         accuracy_source=tuple(zip(*sources, strict=True)),
@@ -120,16 +128,24 @@ def _entries(raw: Mapping[str, Any], key: str, where: str) -> list[Mapping[str, 
 
 
 def _number(value: Any, key: str, where: str, most: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= most \
-            or not math.isfinite(value):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float))
+        or not 0 < value <= most
+        or not math.isfinite(value)
+    ):
         limit = "" if most == math.inf else f" and at most {most:g}"
         raise TableError(f"{where}: {key} is {value!r}; it must be a finite number above 0{limit}")
     return float(value)
 
 
 def _numbers(values: Any, count: int | None, key: str, where: str) -> list[float]:
-    if not isinstance(values, Sequence) or isinstance(values, str) or not values \
-            or (count is not None and len(values) != count):
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, str)
+        or not values
+        or (count is not None and len(values) != count)
+    ):
         wanted = "numbers" if count is None else f"{count} numbers"
         raise TableError(f"{where}: {key} is {values!r}; it must be a list of {wanted}")
     return [_number(value, f"{key}[{i}]", where) for i, value in enumerate(values)]

@@ -1,0 +1,216 @@
+"""Trained placement actors in plain numpy: what serves, and what evaluation runs.
+
+An artifact is `<path>.safetensors` (stacked actor weights) and `<path>.json` (shapes, layout hash, services, settings
+and training record). Three ways to use one:
+- blind (`hisper`): every agent sees only its own request and the nodes' state before the slot, as in the paper;
+- sequential (`hisper-sequential`): a live controller is central, so each agent sees the nodes' state updated by the
+  agents before it;
+- guided or not, as trained: a guided actor's log-probabilities are added, with a weight, to the agent's own formula
+  values of the actions (what `heuristic` maximises) instead of deciding alone.
+Unless trained `plain`, actions that the formulas rule out for the agent's own request are masked.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file
+
+from policies.placement.contract import ABSENT, REJECT, FloatArray, IntArray, Slots
+from policies.placement.edge_network import EdgeNetwork, NodeState
+from policies.placement.observation import Layout, observe
+
+Float32Array = NDArray[np.float32]
+PRETRAINED = Path(__file__).parents[1] / "pretrained"
+
+
+class ArtifactError(ValueError):
+    """An artifact does not fit what it is loaded for; the message names both sides."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Stacked actor weights and what they were trained for."""
+
+    weights: dict[str, Float32Array]
+    actions: tuple[int, int, int]
+    lstm: int
+    autoregressive: bool
+    layout: Layout
+    groups: tuple[int, ...]
+    hidden: int
+    services: tuple[str, ...]
+    settings: dict[str, Any]
+    record: dict[str, Any]
+
+    @property
+    def shared(self) -> bool:
+        """Whether there is one actor per service (any number of requests) instead of one per request."""
+        return bool(self.settings["shared"])
+
+
+def load_artifact(path: Path, network: EdgeNetwork) -> Artifact:
+    """Read `<path>.json` and `<path>.safetensors` for a network. Raises ArtifactError where they do not fit."""
+    try:
+        text = json.loads(path.with_suffix(".json").read_text())
+        weights = load_file(path.with_suffix(".safetensors"))
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}; train one with `tidegate placement train`") from error
+    layout = Layout(text["layout"]["name"], network.nodes, len(network.tables))
+    if layout.hash != text["layout"]["hash"]:
+        raise ArtifactError(f"{path}: trained on layout {text['layout']}, this network needs hash {layout.hash}")
+    services = tuple(t.name for t in network.tables)
+    if list(services) != text["services"]:
+        raise ArtifactError(f"{path}: trained for services {text['services']}, this network has {list(services)}")
+    shape = text["shape"]
+    actions = (network.configurations, network.variants, network.nodes)
+    if tuple(shape["actions"]) != actions:
+        raise ArtifactError(f"{path}: trained for {shape['actions']} sub-actions, this network has {list(actions)}")
+    return Artifact(
+        weights=weights,
+        actions=actions,
+        lstm=shape["lstm"],
+        autoregressive=shape["autoregressive"],
+        layout=layout,
+        groups=tuple(shape["groups"]),
+        hidden=len(shape["hidden"]),
+        services=services,
+        settings=text["settings"],
+        record=text["record"],
+    )
+
+
+def log_probabilities(
+    artifact: Artifact, actors: IntArray | slice, observation: Float32Array, masks: list[Float32Array]
+) -> list[Float32Array]:
+    """Log-probabilities (n, B, size) of the three sub-actions from observations (n, B, size) of the named actors."""
+
+    def apply(name: str, inputs: Float32Array) -> Float32Array:
+        weight = artifact.weights[f"{name}.weight"][actors]
+        return np.asarray(inputs @ weight + artifact.weights[f"{name}.bias"][actors])
+
+    groups = np.split(observation, np.cumsum(artifact.groups)[:-1], axis=2)
+    features = np.concatenate([np.maximum(apply(f"embed{g}", x), 0) for g, x in enumerate(groups)], axis=2)
+    for h in range(artifact.hidden):
+        features = np.maximum(apply(f"hidden{h}", features), 0)
+    head = features.shape[:2]
+    state = np.zeros((*head, artifact.lstm), dtype=np.float32)
+    memory = state
+    previous = np.zeros((*head, max(artifact.actions)), dtype=np.float32)
+    found = []
+    for d, size in enumerate(artifact.actions):
+        if artifact.autoregressive:
+            gates = apply(f"cell{d}", np.concatenate([features, previous, state], axis=2))
+            enter, forget, update, leave = np.split(gates, 4, axis=2)
+            memory = _sigmoid(forget) * memory + _sigmoid(enter) * np.tanh(update)
+            state = _sigmoid(leave) * np.tanh(memory)
+            logits = apply(f"head{d}", state)
+        else:
+            logits = apply(f"head{d}", features)
+        logits = logits + masks[d]
+        logits = logits - logits.max(axis=2, keepdims=True)
+        log_probs = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
+        previous = np.zeros_like(previous)
+        previous[:, :, :size] = np.exp(log_probs)
+        found.append(log_probs)
+    return found
+
+
+def _sigmoid(values: Float32Array) -> Float32Array:
+    return np.asarray(0.5 * (np.tanh(0.5 * values) + 1.0))
+
+
+class LearnedPolicy:
+    """A trained policy as a `PlacementPolicy`."""
+
+    def __init__(self, name: str, network: EdgeNetwork, artifact: Artifact, sequential: bool) -> None:
+        """Check nothing more: `load_artifact` has."""
+        self.name, self.network, self.artifact, self.sequential = name, network, artifact, sequential
+        self.guide = float(artifact.settings.get("guide", 0.0))
+        self.masked = bool(artifact.settings.get("masked", False)) or sequential or self.guide > 0
+        self.sampled = bool(artifact.settings.get("sampled", False))
+        valid = network.valid
+        self.masks = [
+            np.where(allowed, 0.0, -1e9).astype(np.float32)[:, None]
+            for allowed in (valid.any(axis=2), valid.any(axis=1), np.ones((len(valid), network.nodes), dtype=bool))
+        ]
+        # Per-request actors stand in the order of training: per_service agents of each service.
+        self.per_service = int(artifact.settings["per_service"])
+
+    def decide(self, slots: Slots, rng: np.random.Generator) -> IntArray:
+        """Placements (E, U, 3). Raises ArtifactError for more requests of a service than agents (unless shared)."""
+        actors = self._actors(slots)
+        placements = np.full((*slots.service.shape, 3), REJECT, dtype=np.int64)
+        state = self.network.start(slots)
+        if not self.sequential and not (slots.service != slots.service[:1]).any():
+            observations = [observe(self.network, self.artifact.layout, state, slots, u) for u in range(slots.requests)]
+            present = np.flatnonzero(slots.service[0] != ABSENT)
+            if not len(present):
+                return placements
+            stacked = np.stack(observations).astype(np.float32)[present]
+            masks = [mask[slots.service[0, present]] for mask in self.masks]
+            found = log_probabilities(self.artifact, actors[0, present], stacked, masks)
+            for n, where in enumerate(present):
+                placements[:, where] = self._choose(state, slots, int(where), [f[n] for f in found], rng)
+            return placements
+        for u in range(slots.requests):
+            for service in np.unique(slots.service[:, u]):
+                if service == ABSENT:
+                    continue
+                for actor in np.unique(actors[slots.service[:, u] == service, u]):
+                    rows = np.flatnonzero((slots.service[:, u] == service) & (actors[:, u] == actor))
+                    part = slots.take(rows)
+                    here = NodeState(state.waiting_tflop[rows], state.memory_used_mb[rows], state.deployed[rows])
+                    seen = observe(self.network, self.artifact.layout, here, part, u).astype(np.float32)
+                    masks = [mask[service : service + 1] for mask in self.masks]
+                    found = log_probabilities(self.artifact, slice(actor, actor + 1), seen[None], masks)
+                    placements[rows, u] = self._choose(here, part, u, [f[0] for f in found], rng)
+            if self.sequential:
+                self.network.place(state, slots, u, placements[:, u])
+        return placements
+
+    def _actors(self, slots: Slots) -> IntArray:
+        """(E, U): which stacked actor decides each request; the n-th request of a service goes to its n-th agent."""
+        service = slots.service
+        if self.artifact.shared:
+            return service
+        rank = np.zeros_like(service)
+        for s in range(len(self.network.tables)):
+            mine = service == s
+            rank = np.where(mine, np.cumsum(mine, axis=1) - 1, rank)
+        if rank.max(initial=0) >= self.per_service:
+            raise ArtifactError(
+                f"{self.name} was trained for {self.per_service} requests per service, a slot has {rank.max() + 1}; "
+                "use a policy with shared weights or send further waves"
+            )
+        return np.where(service == ABSENT, 0, service * self.per_service + rank)
+
+    def _choose(
+        self, state: NodeState, slots: Slots, u: int, log_probs: list[Float32Array], rng: np.random.Generator
+    ) -> IntArray:
+        """(E, 3) for request u from its three distributions (E, size)."""
+        if self.sampled:
+            log_probs = [p + rng.gumbel(size=p.shape).astype(np.float32) for p in log_probs]
+        if not self.masked:
+            return np.stack([p.argmax(axis=1) for p in log_probs], axis=1)
+        return choose_masked(self.network, state, slots, u, log_probs, self.guide)
+
+
+def choose_masked(
+    network: EdgeNetwork, state: NodeState, slots: Slots, u: int, log_probs: list[Float32Array], guide: float
+) -> IntArray:
+    """(E, 3) the likeliest feasible action; with a guide weight, the best value + guide x log-probability."""
+    options = network.options(state, slots, u)
+    configuration, variant, node = log_probs
+    joint: FloatArray = (
+        configuration[:, :, None, None].astype(np.float64) + variant[:, None, :, None] + node[:, None, None, :]
+    )
+    score = options.value + guide * joint if guide > 0 else joint
+    flat = np.where(options.feasible, score, -np.inf).reshape(slots.slots, -1)
+    best = flat.argmax(axis=1)
+    placements = np.stack(np.unravel_index(best, score.shape[1:]), axis=1).astype(np.int64)
+    placements[~np.isfinite(flat[np.arange(len(flat)), best])] = REJECT
+    return placements

@@ -1,0 +1,163 @@
+"""HAPPO (Kuba et al. 2022), Huang's second comparison algorithm: on-policy, agents updated in random order.
+
+The same hidden layers as HISPER (Section VI-C), sub-actions side by side, a state-value network on the total reward.
+Each agent's clipped PPO step weighs the advantage by the probability ratios of the agents updated before it.
+
+Choices that the papers leave open: a rollout of `rollout` slots from the 20 environments per iteration, `EPOCHS`
+passes of `MINIBATCHES` minibatches per agent, clip 0.2, entropy weight 0.01, advantages normalised over the rollout,
+discount 0 as for HISPER (a slot's actions do not change the next slot), so an advantage is reward minus value.
+"""
+
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from policies.placement.actors import LearnedPolicy
+from policies.placement.contract import IntArray
+from policies.placement.networks import (
+    CriticShape,
+    Parameters,
+    actor_log_probs,
+    actor_parameters,
+    critic_parameters,
+    critic_state,
+    critic_values,
+)
+from policies.placement.observation import Layout, bandwidth_features, observe_all
+from policies.placement.training import (
+    Run,
+    Settings,
+    action_masks,
+    actor_shape,
+    artifact_of,
+    critic_nodes,
+    critic_requests,
+    save_artifact,
+    score,
+)
+from policies.placement.workload import draw_slots
+
+EPOCHS, MINIBATCHES, CLIP, ENTROPY, MAX_GRADIENT = 5, 2, 0.2, 0.01, 10.0
+
+
+class HappoLearner:
+    """HAPPO's networks and updates; `settings.minibatch` x 4 slots are played per iteration."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Build everything; nothing is written or drawn from global state."""
+        self.settings, self.network = settings, settings.network()
+        self.layout = Layout(settings.layout, self.network.nodes, len(self.network.tables))
+        self.shape = actor_shape(settings, self.network)
+        self.services: IntArray = np.repeat(np.arange(len(self.network.tables)), settings.per_service)
+        self.agents, self.rollout = len(self.services), 4 * settings.minibatch
+        self.links = torch.as_tensor(bandwidth_features(self.network), dtype=torch.float32).reshape(1, 1, -1)
+        nodes, tokens = self.network.nodes, len(self.network.tables)
+        self.critic_shape = CriticShape(self.agents, nodes + 2 + tokens, nodes, self.links.numel(), (), heads=1)
+        seeded = torch.Generator().manual_seed(settings.seed)
+        self.actors = actor_parameters(self.shape, self.agents, seeded)
+        self.leaves = [
+            {k: v[n : n + 1].detach().requires_grad_(True) for k, v in self.actors.items()} for n in range(self.agents)
+        ]
+        self.critic = critic_parameters(self.critic_shape, 1, seeded)
+        for tensor in self.critic.values():
+            tensor.requires_grad_(True)
+        self.actor_optimisers = [torch.optim.Adam(list(leaf.values()), lr=settings.actor_lr) for leaf in self.leaves]
+        self.critic_optimiser = torch.optim.Adam(list(self.critic.values()), lr=settings.critic_lr)
+        self.masks = cast(tuple[Tensor, Tensor, Tensor], action_masks(self.network, self.services, "cpu"))
+        self.noise = torch.Generator().manual_seed(settings.seed + 1)
+        self.rng = np.random.default_rng([settings.seed, 1])
+
+    def run(self, run: Run, resume: bool = False) -> Parameters:
+        """Train to the end (or the time limit); writes the artifact `actors` and returns the last actors."""
+        settings, step = self.settings, 0
+        if resume:
+            step, saved = run.load_checkpoint()
+            with torch.no_grad():
+                for prefix, tensors in (("actor", self.actors), ("critic", self.critic)):
+                    for name, tensor in tensors.items():
+                        tensor.copy_(saved[f"{prefix}.{name}"])
+        run.open(step)
+        held_out = draw_slots(self.network, settings.load(), settings.evaluation_slots, np.random.default_rng(10_000))
+        reported = -1
+        while True:
+            done = step >= settings.steps or run.out_of_time()
+            if done or step // settings.evaluate_every > reported:
+                reported = step // settings.evaluate_every
+                figures = score(self.network, self._policy(), held_out)
+                run.report(step, figures)
+                state = {f"actor.{k}": v for k, v in self.actors.items()}
+                run.save_checkpoint(step, state | {f"critic.{k}": v for k, v in self.critic.items()})
+            if done:
+                break
+            self.iterate()
+            step += self.rollout
+        record = {"steps": step, "seconds": run.elapsed_s(), **figures}
+        save_artifact(run.folder / "actors", settings, self.shape, self.actors, record)
+        return self.actors
+
+    def iterate(self) -> None:
+        """One rollout, then every agent's update in random order, then the value network's."""
+        slots = draw_slots(self.network, self.settings.load(), self.rollout, self.rng)
+        observation = torch.as_tensor(observe_all(self.network, self.layout, slots), dtype=torch.float32)
+        with torch.no_grad():
+            old = actor_log_probs(self.shape, self.actors, observation, self.masks)
+            actions = [torch.multinomial(p.exp().flatten(0, 1), 1, generator=self.noise) for p in old]
+            taken = [a.reshape(self.agents, self.rollout, 1) for a in actions]
+            old_log = self._log_prob(old, taken)  # (U, B)
+        placements = torch.cat(taken, dim=2).transpose(0, 1).numpy()
+        reward = torch.as_tensor(self.network.evaluate(slots, placements).reward, dtype=torch.float32)
+        requests = torch.as_tensor(critic_requests(slots, self.network), dtype=torch.float32)
+        nodes = torch.as_tensor(critic_nodes(slots), dtype=torch.float32)
+        with torch.no_grad():
+            advantage = reward - self._values(requests, nodes)
+        weight = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+        for n in self.rng.permutation(self.agents):
+            self._update_actor(int(n), observation[n : n + 1], [a[n : n + 1] for a in taken], old_log[n], weight)
+            with torch.no_grad():  # later agents see how far this one has moved
+                masks = self._masks(int(n))
+                fresh = actor_log_probs(self.shape, self.leaves[n], observation[n : n + 1], masks)
+                weight = weight * (self._log_prob(fresh, [a[n : n + 1] for a in taken])[0] - old_log[n]).exp()
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(self.rollout, generator=self.noise).chunk(MINIBATCHES):
+                loss = ((self._values(requests[rows], nodes[rows]) - reward[rows]) ** 2).mean()
+                self.critic_optimiser.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(list(self.critic.values()), MAX_GRADIENT)
+                self.critic_optimiser.step()
+
+    def _update_actor(self, n: int, seen: Tensor, taken: list[Tensor], old_log: Tensor, weight: Tensor) -> None:
+        for _ in range(EPOCHS):
+            for rows in torch.randperm(self.rollout, generator=self.noise).chunk(MINIBATCHES):
+                found = actor_log_probs(self.shape, self.leaves[n], seen[:, rows], self._masks(n))
+                log_prob = self._log_prob(found, [a[:, rows] for a in taken])[0]
+                ratio = (log_prob - old_log[rows]).exp()
+                gain = torch.min(ratio * weight[rows], ratio.clamp(1 - CLIP, 1 + CLIP) * weight[rows]).mean()
+                entropy = torch.stack([-(p.exp() * p.clamp_min(-30)).sum(dim=2).mean() for p in found]).sum()
+                loss = -gain - ENTROPY * entropy
+                self.actor_optimisers[n].zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(list(self.leaves[n].values()), MAX_GRADIENT)
+                self.actor_optimisers[n].step()
+
+    def _log_prob(self, found: tuple[Tensor, ...], taken: list[Tensor]) -> Tensor:
+        """(n, B) joint log-probability of the taken sub-actions."""
+        return torch.stack([p.gather(2, a)[:, :, 0] for p, a in zip(found, taken, strict=True)]).sum(dim=0)
+
+    def _values(self, requests: Tensor, nodes: Tensor) -> Tensor:
+        state = critic_state(self.critic_shape, self.critic, requests, nodes, self.links)
+        return critic_values(self.critic_shape, self.critic, state, None)[0, :, 0]
+
+    def _masks(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor, Tensor], tuple(m[n : n + 1] for m in self.masks))
+
+    def _policy(self) -> LearnedPolicy:
+        artifact = artifact_of(self.settings, self.network, self.shape, self.actors)
+        return LearnedPolicy("happo", self.network, artifact, sequential=False)
+
+
+def train_happo(settings: Settings, folder: Path, resume: bool = False) -> Parameters:
+    """Train and write `folder`/actors.{safetensors,json}, curve.jsonl, checkpoint and TensorBoard events."""
+    return HappoLearner(settings).run(Run(settings, folder), resume)
