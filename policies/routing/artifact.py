@@ -1,0 +1,71 @@
+"""A trained routing policy on disk: `NAME.safetensors` (the actor) beside `NAME.json` (what it is and how it came).
+
+Never pickle. Loading checks everything that serving relies on, so that a wrong artifact fails at load, by name.
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from policies.routing.contract import RoutingError
+from policies.routing.features import Layout
+
+FORMAT = 1
+PRETRAINED = Path(__file__).resolve().parent.parent / "pretrained"
+
+
+def write_artifact(
+    folder: Path,
+    name: str,
+    layout: Layout,
+    tensors: dict[str, NDArray[np.float32]],
+    *,
+    slot_s: float,
+    workload: str,
+    training: dict[str, Any],
+) -> Path:
+    """Write both files into `folder`; returns the path of the JSON file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / f"{name}.safetensors")
+    record = {
+        "format": FORMAT,
+        "name": name,
+        "workload": workload,
+        "slot_s": slot_s,
+        "layout": asdict(layout),
+        "layout_hash": layout.hash,
+        "training": training,
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    return path
+
+
+def read_artifact(path: Path) -> tuple[dict[str, Any], Layout, dict[str, NDArray[np.float32]]]:
+    """The record, the layout and the actor's tensors behind a `.json` (or its stem); errors name what is wrong."""
+    record_path = path if path.suffix == ".json" else path.with_name(path.name + ".json")
+    try:
+        record = json.loads(record_path.read_text())
+        tensors = load_file(record_path.with_suffix(".safetensors"))
+    except FileNotFoundError as missing:
+        raise RoutingError(f"artifact {record_path}: {missing.filename or missing} does not exist") from missing
+    except json.JSONDecodeError as broken:
+        raise RoutingError(f"artifact {record_path} is not JSON: {broken}") from broken
+    if record.get("format") != FORMAT:
+        raise RoutingError(f"artifact {record_path}: format = {record.get('format')}, this code reads {FORMAT}")
+    fields = dict(record["layout"])
+    layout = Layout(**{**fields, "variants": tuple(fields["variants"]), "elapsed_s": tuple(fields["elapsed_s"])})
+    if layout.hash != record["layout_hash"]:
+        raise RoutingError(
+            f"artifact {record_path}: layout_hash = {record['layout_hash']}, but its layout hashes to {layout.hash}: "
+            "it was made for another feature layout; train it again"
+        )
+    for key, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise RoutingError(f"artifact {record_path}: tensor {key} holds NaN or infinity; train it again")
+    return record, layout, tensors

@@ -1,0 +1,281 @@
+"""Algorithm 1 of Tan: proximal policy optimisation of the softmax-Gaussian scheduler (torch; training only).
+
+One update: collect `slots_per_update` slots with the current policy, estimate advantages (Eq. 11), then some epochs
+of minibatches on the clipped objective (Eq. 10) for the actor and on the mean squared error for the critic.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from policies.routing.artifact import write_artifact
+from policies.routing.environment import PAIRS, SlotEnvironments
+from policies.routing.network import Scheduler, log_density
+from policies.routing.presets import Preset
+from policies.routing.queueing_model import ArrivalModel, ServiceModel
+from policies.routing.scores import Scores, scores_of
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is to be learned: a service under a workload, with or without the phase and batching."""
+
+    name: str
+    service: ServiceModel
+    arrivals: ArrivalModel
+    observable: bool = False
+    batching: bool = False
+    workload: str = "paper"
+    slot_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a training reports after an update; scores are those of the noisy policy while collecting."""
+
+    update: int
+    slots: int
+    slots_per_s: float
+    left_s: float
+    reward: float
+    scores: dict[str, Scores]
+
+
+def clipped_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Mean of Eq. 10's terms: the smaller of the plain and the clipped importance-weighted advantage."""
+    return torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage).mean()
+
+
+def advantages(
+    reward: NDArray[np.float32], value: NDArray[np.float32], gamma: float, gae_lambda: float
+) -> NDArray[np.float32]:
+    """Generalised advantage estimates (Eq. 11, with the discount on the next value that [57] of Tan has).
+
+    reward float32[T, E], value float32[T + 1, E]; returns float32[T, E].
+    """
+    out = np.zeros_like(reward)
+    running = np.zeros(reward.shape[1], dtype=np.float32)
+    for t in range(len(reward) - 1, -1, -1):
+        running = reward[t] + gamma * value[t + 1] - value[t] + gamma * gae_lambda * running
+        out[t] = running
+    return out
+
+
+class Trainer:
+    """A training run: `run` to the end, `save` and `load` in between; the same seed repeats it bit for bit."""
+
+    def __init__(self, task: Task, preset: Preset, seed: int, threads: int = 1) -> None:
+        torch.manual_seed(seed)
+        torch.set_num_threads(threads)
+        self.task, self.preset, self.seed, self.threads = task, preset, seed, threads
+        kinds = task.service.kinds
+        gain = task.service.reward_accuracy or tuple(k.accuracy for k in kinds)
+        baseline = task.service.beta * min(gain) if preset.arrival_baseline else 0.0
+        self.environments = self._environments(preset.environments, seed, baseline)
+        self.layout = self.environments.layout
+        self.variants = max(k.rank for k in kinds) + 1 if task.batching else 0
+        self.network = Scheduler(self.layout.size, len(kinds), self.variants, len(PAIRS) if self.variants else 0)
+        heavy = sum(k.rank == 0 for k in kinds)
+        light = len(kinds) - heavy
+        share = preset.heavy_start if light else 1.0
+        self.network.lean([share / heavy if k.rank == 0 else (1.0 - share) / light for k in kinds])
+        self.adam = torch.optim.Adam(self.network.parameters(), lr=preset.learning_rate)
+        self.noise = torch.Generator().manual_seed(seed + 1)
+        self.update = 0
+        self.value_mean, self.value_scale = 0.0, 0.0
+        self._examined = self._environments(200, seed + 2, 0.0)
+
+    def _environments(self, count: int, seed: int, baseline: float) -> SlotEnvironments:
+        return SlotEnvironments(
+            self.task.service,
+            self.task.arrivals,
+            count,
+            seed,
+            batching=self.task.batching,
+            observable=self.task.observable,
+            slot_s=self.task.slot_s,
+            arrival_baseline=baseline,
+            threads=self.threads,
+        )
+
+    @property
+    def slots(self) -> int:
+        """Slots simulated so far."""
+        return self.update * self.preset.slots_per_update
+
+    def run(self, until_slots: int, report: Callable[[Progress], None]) -> None:
+        """Update until `until_slots` slots have been seen; `report` is called after every update."""
+        while self.slots < until_slots:
+            began = time.perf_counter()
+            reward = self._one_update()
+            took = time.perf_counter() - began
+            speed = self.preset.slots_per_update / took
+            scores = scores_of(self.environments.take_counts(), self.task.arrivals.phase_names)
+            left_s = (until_slots - self.slots) / speed
+            report(Progress(self.update, self.slots, speed, left_s, reward, scores))
+
+    def _one_update(self) -> float:
+        p = self.preset
+        steps, e, n = p.slots_per_update // p.environments, p.environments, self.network.instances
+        seen = np.zeros((steps + 1, e, self.layout.size), dtype=np.float32)
+        log_y = torch.zeros((steps, e, n))
+        pairs = torch.zeros((steps, e, self.variants), dtype=torch.int64)
+        reward = np.zeros((steps, e), dtype=np.float32)
+        with torch.no_grad():
+            for t in range(steps):
+                self.environments.observe(seen[t])
+                log_y[t], pairs[t] = self._act(torch.from_numpy(seen[t]), p.sigma)
+                reward[t] = self._step(self.environments, log_y[t], pairs[t])
+            self.environments.observe(seen[steps])
+            observed = torch.from_numpy(seen)
+            value = self._values(observed)
+            old = self._log_prob(observed[:-1].flatten(0, 1), log_y.flatten(0, 1), pairs.flatten(0, 1))
+        self._rescale(reward, value)
+        advantage = advantages(reward, value, p.gamma, p.gae_lambda)
+        target = torch.from_numpy((advantage + value[:-1] - self.value_mean) / self.value_scale).flatten()
+        self._learn(
+            observed[:-1].flatten(0, 1), log_y.flatten(0, 1), pairs.flatten(0, 1), old,
+            torch.from_numpy(advantage).flatten(), target,
+        )  # fmt: skip
+        self.update += 1
+        return float(reward.mean())
+
+    def _act(self, observation: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [E, n] and batch choices [E, variants]; sigma = 0 gives the most likely ones."""
+        if self.variants:
+            f, logits = self.network.heads(observation)
+        else:
+            f, logits = self.network.actor(observation), None
+        pairs = torch.zeros((len(observation), self.variants), dtype=torch.int64)
+        if sigma > 0.0:
+            f = f + sigma * torch.randn(f.shape, generator=self.noise)
+        if logits is not None:
+            if sigma > 0.0:
+                flat = torch.softmax(logits, -1).flatten(0, 1)
+                pairs = torch.multinomial(flat, 1, generator=self.noise).reshape(pairs.shape)
+            else:
+                pairs = logits.argmax(-1)
+        return torch.log_softmax(f, -1), pairs
+
+    def _step(self, environments: SlotEnvironments, log_y: Tensor, pairs: Tensor) -> NDArray[np.float64]:
+        table = np.exp(log_y.numpy().astype(np.float64))
+        if not self.variants:
+            return environments.step(table)
+        limits = np.array(PAIRS, dtype=np.int64)[pairs.numpy()]
+        return environments.step(table, limits[:, :, 0], limits[:, :, 1])
+
+    def _values(self, observed: Tensor) -> NDArray[np.float32]:
+        value = self.network.value(observed.flatten(0, 1)).reshape(observed.shape[:2]).numpy()
+        scale = self.value_scale or 1.0
+        return np.asarray(value * scale + self.value_mean, dtype=np.float32)
+
+    def _log_prob(self, observation: Tensor, log_y: Tensor, pairs: Tensor) -> Tensor:
+        return self.network.log_prob(observation, log_y, pairs if self.variants else None, self.preset.sigma)
+
+    def _rescale(self, reward: NDArray[np.float32], value: NDArray[np.float32]) -> None:
+        """Follow the mean and spread of the returns; the critic's last layer changes so that its values do not."""
+        gamma = self.preset.gamma
+        returns = np.zeros_like(reward)
+        running = value[-1] if self.value_scale else np.full(reward.shape[1], reward.mean() / (1.0 - gamma))
+        for t in range(len(reward) - 1, -1, -1):
+            running = reward[t] + gamma * running
+            returns[t] = running
+        mean, scale = float(returns.mean()), max(float(returns.std()), 1e-3)
+        if not self.value_scale:
+            self.value_mean, self.value_scale = mean, scale
+            value[:] = mean
+            return
+        old_mean, old_scale = self.value_mean, self.value_scale
+        self.value_mean += 0.05 * (mean - old_mean)
+        self.value_scale += 0.05 * (scale - old_scale)
+        last = self.network.critic[-1]
+        with torch.no_grad():
+            last.weight.mul_(old_scale / self.value_scale)
+            last.bias.mul_(old_scale).add_(old_mean - self.value_mean).div_(self.value_scale)
+
+    def _learn(
+        self, observed: Tensor, log_y: Tensor, pairs: Tensor, old: Tensor, advantage: Tensor, target: Tensor
+    ) -> None:
+        p = self.preset
+        done = min(self.slots / p.slots, 1.0)
+        for group in self.adam.param_groups:
+            group["lr"] = p.learning_rate * (1.0 - (1.0 - p.final_rate) * done)
+        for _ in range(p.epochs):
+            order = torch.randperm(len(observed), generator=self.noise)
+            for at in range(0, len(order), p.minibatch):
+                chosen = order[at : at + p.minibatch]
+                seen = observed[chosen]
+                gain = advantage[chosen]
+                gain = (gain - gain.mean()) / (gain.std() + 1e-8)
+                new = self._log_prob(seen, log_y[chosen], pairs[chosen])
+                objective = clipped_objective((new - old[chosen]).exp(), gain, p.clip)
+                error = (self.network.value(seen) - target[chosen]).square().mean()
+                loss = error - objective
+                if p.entropy and self.variants:
+                    choice = torch.log_softmax(self.network.heads(seen)[1], -1)
+                    loss = loss + p.entropy * (choice.exp() * choice).sum(-1).mean()
+                self.adam.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                self.adam.step()
+
+    def examine(self, slots: int = 100) -> dict[str, Scores]:
+        """Scores of the policy without noise over `slots` more slots of 200 environments kept for this."""
+        with torch.no_grad():
+            for _ in range(slots):
+                seen = torch.from_numpy(self._examined.observe())
+                self._step(self._examined, *self._act(seen, 0.0))
+        return scores_of(self._examined.take_counts(), self.task.arrivals.phase_names)
+
+    def export(self, folder: Path, record: dict[str, Any]) -> None:
+        """Write the actor as an artifact (safetensors + JSON) with the training record."""
+        tensors = {k: v.detach().numpy().copy() for k, v in self.network.actor.state_dict().items()}
+        training = {"preset": asdict(self.preset), "seed": self.seed, "slots": self.slots, **record}
+        write_artifact(
+            folder, self.task.name, self.layout, tensors, slot_s=self.task.slot_s, workload=self.task.workload,
+            training=training,
+        )  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint from which `load` goes on bit for bit."""
+        simulated = {}
+        for name, env in (("train", self.environments), ("examined", self._examined)):
+            simulated[name] = {k: torch.from_numpy(v.view(np.int64)) for k, v in env.state._asdict().items()}
+        part = path.with_suffix(".part")
+        torch.save(
+            {
+                "network": self.network.state_dict(),
+                "adam": self.adam.state_dict(),
+                "noise": self.noise.get_state(),
+                "update": self.update,
+                "value": [self.value_mean, self.value_scale],
+                "simulated": simulated,
+                "steps": [self.environments.slots, self._examined.slots],
+                "preset": json.dumps(asdict(self.preset)),
+            },
+            part,
+        )
+        part.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint of a run with the same task and preset."""
+        kept = torch.load(path, weights_only=True)
+        self.network.load_state_dict(kept["network"])
+        self.adam.load_state_dict(kept["adam"])
+        self.noise.set_state(kept["noise"])
+        self.update = kept["update"]
+        self.value_mean, self.value_scale = kept["value"]
+        for name, env in (("train", self.environments), ("examined", self._examined)):
+            for key, array in env.state._asdict().items():
+                array.view(np.int64)[...] = kept["simulated"][name][key].numpy()
+        self.environments.slots, self._examined.slots = kept["steps"]
+
+
+__all__ = ["Progress", "Task", "Trainer", "advantages", "clipped_objective", "log_density"]
