@@ -2,7 +2,7 @@
 
 import typer
 
-from tidegate import up_command
+from tidegate import demo_command, models_commands, replay_commands, up_command
 
 app = typer.Typer(
     help="An edge inference server that keeps its latency promise through bursts by choosing which model answers.",
@@ -18,6 +18,10 @@ def _commands() -> None:
 
 
 app.command("up")(up_command.up)
+app.command("demo")(demo_command.demo)
+app.command("replay")(replay_commands.replay)
+app.command("compare")(replay_commands.compare)
+app.add_typer(models_commands.app, name="models")
 
 if __name__ == "__main__":
     app()

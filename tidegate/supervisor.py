@@ -219,7 +219,7 @@ class Supervisor:
             command = [server, "--port", "0", "--unixsocket", str(socket_file), "--save", "", "--appendonly", "no"]
             command += ["--dir", str(self.folder)]
         else:
-            port = _free_port()
+            port = free_port()
             self.board_url, self.board_kind = f"redis://127.0.0.1:{port}/0", "embedded"
             command = [sys.executable, "-m", "tidegate.embedded_board", "--port", str(port)]
         self._board = self._child("board", command)
@@ -251,6 +251,8 @@ class Supervisor:
     def _gateway_command(self) -> list[str]:
         settings = self.file.gateway
         command = [sys.executable, "-m", "gateway", "--host", settings.host, "--port", str(settings.port)]
+        command += ["--header-timeout-s", str(settings.header_timeout_s)]
+        command += ["--body-timeout-s", str(settings.body_timeout_s), "--drain-s", str(settings.drain_s)]
         return [*command, "--reuse-port"] if settings.processes > 1 else command
 
 
@@ -277,7 +279,8 @@ def _refuse_taken_port(host: str, port: int) -> None:
             ) from error
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody uses at this moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,0 +1,176 @@
+"""`tidegate demo`: the main job on real images, in under three minutes.
+
+Starts a whole system with the digits models, measures its instances together, scales Tan's bursty workload to what
+this machine can do, replays one trace through four routers, and reports.
+"""
+
+import asyncio
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import aiohttp
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+
+from loadgen.console import live_progress
+from loadgen.figures import RouterRun
+from loadgen.payloads import PayloadSet, digits
+from loadgen.sender import SendOptions, run_on_uvloop
+from loadgen.traces import Trace
+from policies.routing.workload import MarkovianArrivalProcess
+from protocol.deployment import DeploymentFile, read_deployment
+from protocol.records import Deployment
+from tidegate.replay_commands import DIGITS_SPLIT, INTERRUPTED_EXIT, stop_on_interrupt, tell
+from tidegate.running import GatewayError, RunningGateway
+from tidegate.supervisor import Supervisor, free_port
+from tidegate.up_command import StartFailed, until_ready, with_address
+
+DEPLOY: Final = Path(__file__).parent.parent / "deploy"
+HEAVY, LIGHT = "digits_heavy", "digits_light"
+ROUTERS: Final = {
+    "light-only": "digits-light",
+    "heavy-only": "digits-heavy",
+    "single-queue": "digits",
+    "deadline": "digits",
+}
+"""Each router with its deployment: the first two have two instances of one model, the others one of each."""
+
+PAPER_HEAVY_S, PAPER_LIGHT_S = 0.043, 0.0115
+PAPER_REQUIREMENT_S: Final = 0.3
+PAPER_BURST_LOAD: Final = 180.0 / (2 / PAPER_HEAVY_S + 2 / PAPER_LIGHT_S)
+PAPER_NORMAL_LOAD: Final = 10.0 / (2 / PAPER_HEAVY_S + 2 / PAPER_LIGHT_S)
+"""Tan's arrival rates over the capacity of two heavy and two light instances."""
+
+BURST_S, CALM_S = 2.5, 6.0
+"""Mean holding times here (Tan: 27.8 and 500 s): several bursts have to fit into half a minute."""
+
+
+def demo(
+    duration_s: Annotated[float, typer.Option(help="Length of the trace; it is replayed four times.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same trace.")] = 1,
+    report: Annotated[Path, typer.Option(help="Where to write the HTML report.")] = Path("report.html"),
+    embedded: Annotated[bool, typer.Option(help="Use the embedded board even if redis-server is installed.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
+) -> None:
+    """Serve real images through bursts with four routers and compare them. Needs nothing but this checkout."""
+    console = Console(stderr=True, highlight=False)
+    if not 5.0 <= duration_s <= 3600.0:
+        raise typer.BadParameter("must be from 5 to 3600 seconds", param_hint="--duration-s")
+    try:
+        interrupted = run_on_uvloop(_demo(duration_s, seed, report, embedded, as_json, console))
+    except (GatewayError, StartFailed, OSError) as error:
+        console.print(f"tidegate demo: {error}", style="red", markup=False)
+        raise typer.Exit(1) from None
+    if interrupted:
+        raise typer.Exit(INTERRUPTED_EXIT)
+
+
+async def _demo(duration_s: float, seed: int, report: Path, embedded: bool, as_json: bool, console: Console) -> bool:
+    started_s = time.monotonic()
+    stop = stop_on_interrupt()
+    payloads = digits(DIGITS_SPLIT)
+    port = free_port()
+    files = {name: with_address(read_deployment(DEPLOY / f"{name}.toml"), None, port) for name in ROUTERS.values()}
+    supervisor = Supervisor(
+        files["digits"], embedded=embedded, on_event=lambda text: console.print(text, style="yellow", markup=False)
+    )
+    console.print("starting board, scheduler, gateway and two workers …")
+    async with supervisor, RunningGateway(supervisor.url) as gateway:
+        await until_ready(supervisor)
+        console.print(f"ready at {supervisor.url} (board: {supervisor.board_kind})")
+        console.print("measuring both instances together …")
+        service_s = await measure(f"{supervisor.url}/v1/digits", payloads, seconds=6.0, stop=stop)
+        console.print(
+            f"  {HEAVY} {service_s[HEAVY] * 1e3:.1f} ms, {LIGHT} {service_s[LIGHT] * 1e3:.1f} ms per image (medians)"
+        )
+        trace, requirement_ms = scaled_workload(service_s, duration_s, seed)
+        console.print(f"  requirement {requirement_ms:.0f} ms; {trace.description}; {len(trace)} requests")
+        runs: list[RouterRun] = []
+        for router, name in ROUTERS.items():
+            if stop.is_set():
+                break
+            await gateway.deploy(_desired(files[name], router, requirement_ms))
+            await gateway.until_idle("digits")
+            with live_progress(router, console) as show:
+                runs.append(await gateway.replay("digits", router, trace, payloads, SendOptions(seed=seed), show, stop))
+        console.print("draining …")
+    facts = {
+        "Service": f"scikit-learn's held-out digits as PNG and JPEG over HTTP; {payloads.description}",
+        "Instances": "light-only: two light; heavy-only: two heavy; the others: one of each; one CPU thread each",
+        "Service times": f"{HEAVY} {service_s[HEAVY] * 1e3:.1f} ms, {LIGHT} {service_s[LIGHT] * 1e3:.1f} ms (medians,"
+        " measured together just before)",
+        "Workload": trace.description,
+        "Seed": str(seed),
+        "Took": f"{time.monotonic() - started_s:.0f} s",
+    }
+    measured = {"service_s": service_s, "requirement_ms": requirement_ms, "seconds": time.monotonic() - started_s}
+    tell(runs, trace, facts, requirement_ms, report, as_json, "Tidegate demo: digits through bursts", measured)
+    return stop.is_set()
+
+
+def _desired(file: DeploymentFile, router: str, requirement_ms: float) -> Deployment:
+    state = file.desired_state()
+    spec = msgspec.structs.replace(state.services["digits"], router=router, requirement_ms=requirement_ms)
+    return msgspec.structs.replace(state, services={"digits": spec})
+
+
+async def measure(url: str, payloads: PayloadSet, seconds: float, stop: asyncio.Event) -> dict[str, float]:
+    """Median service time in seconds by variant, with every instance busy all the time.
+
+    A few clients ask in a closed loop and give so much time that the heavy model is always worth its queue.
+    """
+    seen: dict[str, list[float]] = {}
+    ends_s = time.monotonic() + seconds
+    rng = np.random.default_rng(0)
+
+    async def client(session: aiohttp.ClientSession, deadline_ms: str) -> None:
+        while time.monotonic() < ends_s and not stop.is_set():
+            payload = payloads.payloads[int(rng.integers(len(payloads.payloads)))]
+            headers = {"Content-Type": payload.content_type, "X-Deadline-Ms": deadline_ms}
+            async with session.post(url, data=payload.body, headers=headers) as response:
+                answer: Mapping[str, Any] = msgspec.json.decode(await response.read())
+            if response.status == 200:
+                seen.setdefault(str(answer["variant"]), []).append(answer["timings_ms"]["service"] / 1e3)
+
+    async with aiohttp.ClientSession() as session:
+        # Two patient clients keep the heavy instance busy; two that have no time for it take the light one.
+        await asyncio.gather(*(client(session, deadline_ms) for deadline_ms in ("10000", "10000", "15", "15")))
+    missing = {HEAVY, LIGHT} - seen.keys()
+    if missing:
+        raise GatewayError(f"no answer came from {', '.join(sorted(missing))} while measuring: see the workers' logs")
+    return {variant: statistics.median(times) for variant, times in sorted(seen.items())}
+
+
+def scaled_workload(service_s: Mapping[str, float], duration_s: float, seed: int) -> tuple[Trace, float]:
+    """Tan's two-phase workload (Eq. 12) at the same load-to-capacity ratios on one heavy and one light instance.
+
+    Holding times are shortened. The first seed from `seed` on is taken whose trace has at least two bursts and is
+    bursty for 20 to 50% of the time, so that a short trace shows both phases. Also the requirement in milliseconds,
+    in Tan's proportion to the heavy model's service time.
+    """
+    capacity = 1 / service_s[HEAVY] + 1 / service_s[LIGHT]
+    burst, calm = PAPER_BURST_LOAD * capacity, PAPER_NORMAL_LOAD * capacity
+    process = MarkovianArrivalProcess(
+        np.array([[-(burst + 1 / BURST_S), 1 / BURST_S], [1 / CALM_S, -(calm + 1 / CALM_S)]]),
+        np.array([[burst, 0.0], [0.0, calm]]),
+        phase_names=("bursty", "normal"),
+    )
+    while True:
+        arrivals = process.generate(np.random.default_rng(seed), duration_s=duration_s)
+        assert arrivals.phase is not None
+        bursty = arrivals.phase == 0
+        bursts = int(np.count_nonzero(bursty[1:] & ~bursty[:-1])) + int(bursty[0])
+        share = np.count_nonzero(bursty) / burst / duration_s
+        if bursts >= 2 and 0.2 <= share <= 0.5:
+            break
+        seed += 1
+    description = (
+        f"Tan's Eq. 12 at {burst:.0f} and {calm:.1f} requests/s (the paper's load-to-capacity ratios), mean holding"
+        f" times {BURST_S:g} and {CALM_S:g} s, seed {seed}"
+    )
+    return Trace(description, arrivals), round(PAPER_REQUIREMENT_S / PAPER_HEAVY_S * service_s[HEAVY] * 1e3)
