@@ -22,12 +22,15 @@ from policies.placement.counterfactual import Later, with_others_answering, with
 from policies.placement.edge_network import EdgeNetwork, Options
 from policies.placement.networks import ActorShape, Parameters, actor_log_probs, actor_parameters
 from policies.placement.observation import Layout, observe
+from policies.placement.rules import Convention
 from policies.placement.training import Run, Settings, action_masks, actor_shape, artifact_of, save_artifact, score
 from policies.placement.workload import draw_slots
 
 MAX_GRADIENT = 1.0
 # Values below the agent's best action by more than this weigh no more: a lost request is lost.
 FLOOR = -100.0
+# How much value a node owned by another agent has to offer at the start from `convention`.
+OWNED = 1.0
 
 
 class GuidedTrainer:
@@ -46,10 +49,22 @@ class GuidedTrainer:
         for name, tensor in self.actors.items():
             if settings.guide > 0 and name.startswith("head"):
                 tensor.zero_()  # an untrained guided actor is exactly the rule that it starts from
+        if settings.start == "convention":
+            self._start_from_convention()
+        for tensor in self.actors.values():
             tensor.requires_grad_(True)
         self.masks = cast(tuple[Tensor, Tensor, Tensor], action_masks(self.network, self.services, "cpu"))
         self.optimiser = torch.optim.Adam(list(self.actors.values()), lr=settings.actor_lr)
         self.rng = np.random.default_rng([settings.seed, 1])
+
+    def _start_from_convention(self) -> None:
+        """Let the node head's bias keep every agent to the nodes that `convention` gives it."""
+        if self.settings.shared or not self.settings.guide > 0:
+            raise ValueError("start=convention needs guided actors of their own (shared=false, guide above 0)")
+        owner = Convention(self.network, self.settings.load(), self.settings.seed, swaps=4000, slots=1000).owner
+        bias = self.actors["head2.bias"]
+        for agent in range(len(self.services)):
+            bias[agent, 0] = torch.as_tensor(np.where(owner == agent, 0.0, -OWNED / self.settings.guide))
 
     def run(self, run: Run, resume: bool = False) -> Parameters:
         """Train to the end (or the time limit) and write the artifact `actors`; returns the best actors."""

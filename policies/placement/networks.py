@@ -3,11 +3,12 @@
 A network is a plain dict of tensors; one matrix product per layer serves all agents (`torch.baddbmm`). The numpy
 twin of the actor, used when serving, is in `actors.py`; a test holds the two together.
 
-Choices that the paper leaves open: ReLU after embeddings and hidden layers; LSTM state of 32; uniform initialisation within
-1/sqrt(inputs); the three LSTM cells pass their hidden and cell state on, and each gets
-the hidden layer's output joined with the previous sub-action's distribution, zero-padded to the largest sub-action.
+Choices that the paper leaves open: ReLU after embeddings and hidden layers; an LSTM state of 32; uniform
+initialisation within 1/sqrt(inputs); the three LSTM cells pass their hidden and cell state on, and each gets the
+hidden layer's output joined with the previous sub-action's distribution, zero-padded to the largest sub-action.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -80,7 +81,8 @@ def actor_log_probs(
     shape: ActorShape, parameters: Parameters, observation: Tensor, masks: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities (n, B, size) of the three sub-actions; masks (n, 1, size) are 0 or a large negative."""
-    groups = observation.split(list(shape.groups), dim=2)  # type: ignore[no-untyped-call]
+    ends = list(itertools.accumulate(shape.groups, initial=0))
+    groups = [observation[:, :, a:b] for a, b in itertools.pairwise(ends)]
     features = torch.cat([torch.relu(apply(parameters, f"embed{g}", x)) for g, x in enumerate(groups)], dim=2)
     for h in range(len(shape.hidden)):
         features = torch.relu(apply(parameters, f"hidden{h}", features))
@@ -131,7 +133,7 @@ def critic_state(shape: CriticShape, parameters: Parameters, requests: Tensor, n
     count, rows = parameters["out.weight"].shape[0], len(requests)
     flat = requests.reshape(1, -1, shape.request).expand(count, -1, -1)
     parts = [torch.relu(apply(parameters, "request", flat)).reshape(count, rows, -1)]
-    work, memory = nodes.unsqueeze(0).expand(count, -1, -1).split(shape.nodes, dim=2)
+    work, memory = nodes.unsqueeze(0).expand(count, -1, -1).chunk(2, dim=2)
     parts.append(torch.relu(apply(parameters, "work", work)))
     parts.append(torch.relu(apply(parameters, "memory", memory)))
     if shape.links:

@@ -31,8 +31,10 @@ PRESETS: dict[str, Settings] = {
     "hisper-no-autoregression": Settings(autoregressive=False),
     # The temperature falls so that agents end up predictable to each other; see the results page.
     "hisper-annealed": Settings(alpha_end=0.02),
-    "hisper": replace(_GUIDED, temperature=0.1, temperature_end=0.01, steps=600_000),
-    "hisper-10": replace(_GUIDED, temperature=0.1, temperature_end=0.01, steps=600_000, per_service=5),
+    "hisper": replace(_GUIDED, start="convention", temperature=0.05, temperature_end=0.003, steps=600_000),
+    "hisper-10": replace(
+        _GUIDED, start="convention", temperature=0.05, temperature_end=0.003, steps=600_000, per_service=5
+    ),
     "hisper-sequential": replace(
         _GUIDED, shared=True, sequential=True, temperature=0.02, temperature_end=0.002, actor_lr=3e-4, steps=600_000
     ),

@@ -65,6 +65,7 @@ class Settings:
     sampled: bool = False  # draw actions also when serving, instead of taking the likeliest
     sequential: bool = False  # agents see the nodes' state updated by those before them
     guide: float = 0.0  # weight of the log-probabilities beside the formula values; 0: they decide alone
+    start: str = ""  # `convention`: guided actors begin as that rule
     temperature: float = 0.1  # of the guided softmax while training, at the start
     temperature_end: float = 0.01  # and at the end (geometric)
     seed: int = 0
