@@ -97,7 +97,8 @@ def build_report(
         "NOTICES": "".join(_notices(runs)),
         "FINDING": finding(runs),
         "FACTS": "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items()),
-        "LOAD": _load(trace),
+        "LOAD": _load(trace) + (" Every router got exactly these." if len(runs) > 1 else ""),
+        "COMPARED": "Side by side" if len(runs) > 1 else "Scores",
         "TABLE": _table(runs, requirement_ms),
         "LEGEND": _legend(runs, trace, requirement_ms),
         "ROUTERS": "".join(sections),
@@ -174,7 +175,7 @@ def _load(trace: Trace) -> str:
             f"; {len(spans)} burst{'s' if len(spans) > 1 else ''}, shaded, {sum(b - a for a, b in spans):,.1f} s in all"
         )
     what = trace.description[:1].upper() + trace.description[1:]
-    return f"{html.escape(what)}: {said}. Every router got exactly these."
+    return f"{html.escape(what)}: {said}."
 
 
 def _table(runs: Sequence[RouterRun], requirement_ms: float | None) -> str:
