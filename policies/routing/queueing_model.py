@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.routing.contract import BATCH_SIZES, FloatArray, InstanceKind, IntArray, RoutingError
-from policies.routing.estimation import new_margin
+from policies.routing.estimation import FIRST_MARGIN, new_margin
 from policies.routing.randomness import streams
 
 DETERMINISTIC, GAMMA, LOGNORMAL, EMPIRICAL = 0, 1, 2, 3
@@ -223,7 +223,7 @@ def build(
     gateways: int = 1,
     refresh_s: float = 0.0,
     bounce: bool = False,
-    margin: float = 1.0,
+    margin: float = FIRST_MARGIN,
     learn_trust: bool = False,
     learn_rate: float = 0.0,
     log: int = 0,

@@ -17,6 +17,11 @@ and margin[0] in (0, 1]: a predicted sojourn has to be at most margin[0] * budge
 from policies.routing.contract import HOLD, REJECT, Indexable, Rule
 
 
+IDLE_SHARE = 0.25
+"""`deadline` may use an idle instance whose service time is at most this share of the budget: even if it were
+exponentially distributed, exp(-4) = 1.8% of them would miss, which keeps a promise of 2%."""
+
+
 def uniform(
     now_s: float,
     budget_s: float,
@@ -175,11 +180,14 @@ def deadline(
 ) -> int:
     """The heaviest instance whose predicted sojourn is within margin[0] * budget_s, else the soonest finish.
 
+    The margin is about how far to trust the forecast of a queue. An idle instance has none: it may also be used
+    when its service time is at most IDLE_SHARE of the budget, whatever the margin has become.
     Among instances of one variant the soonest finish wins; instances with a free place come before full ones.
     The search starts at a drawn instance, so that gateways with the same stale view do not all pick the same tie.
     """
     n = len(capacity)
     limit_s = now_s + margin[0] * budget_s
+    idle_limit_s = now_s + IDLE_SHARE * budget_s
     chosen = REJECT
     chosen_rank = 1 << 30
     chosen_s = 0.0
@@ -194,14 +202,15 @@ def deadline(
         places = capacity[i]
         if places > 0:
             finish_s = clear_s[i]
-            if finish_s < now_s:
+            idle = finish_s <= now_s
+            if idle:
                 finish_s = now_s
             finish_s += service_s[i]
             if length[i] >= places:
                 if full < 0 or finish_s < full_s:
                     full = i
                     full_s = finish_s
-            elif finish_s <= limit_s:
+            elif finish_s <= limit_s or (idle and finish_s <= idle_limit_s):
                 r = rank[i]
                 if r < chosen_rank or (r == chosen_rank and finish_s < chosen_s):
                     chosen = i

@@ -433,9 +433,9 @@ def _run_rule(y: System, s: State, e: int, rule: int, until_s: float) -> None:
             continue
         if p.bounce and (
             q[i, LENGTH] >= y.capacity[i]
-            or _cannot_finish(
+            or (q[i, LENGTH] > 0 and _cannot_finish(
                 now_s, now_s + trust[0] * p.requirement_s, _clear_s(kind, q, f, i, now_s), f[i, OWN_SERVICE_S]
-            )
+            ))
         ):
             # The worker refuses with its status; the gateway tries one other instance, once.
             count[h, BOUNCED] += 1
