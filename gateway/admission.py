@@ -54,8 +54,8 @@ async def admit(
     spec = router.spec
     content_type = _content_type(headers)
     deadline_s = arrived_s + _budget_ms(headers, spec.requirement_ms) / 1000.0
-    _check_length(headers.get(b"content-length"), spec.max_body_bytes)
-    body = await _read(receive, spec.max_body_bytes, body_timeout_s)
+    check_length(headers.get(b"content-length"), spec.max_body_bytes)
+    body = await read_body(receive, spec.max_body_bytes, body_timeout_s)
     if content_type == "multipart/form-data":
         content_type, body = first_file(headers[b"content-type"], body)
         if content_type not in ACCEPTED_TYPES:
@@ -95,7 +95,8 @@ def _budget_ms(headers: dict[bytes, bytes], requirement_ms: float) -> float:
     return value
 
 
-def _check_length(given: bytes | None, limit: int) -> None:
+def check_length(given: bytes | None, limit: int) -> None:
+    """Raises `Refused` if a `Content-Length` announces more than `limit` bytes, or no number."""
     if given is None:
         return
     if not given.isdigit():
@@ -104,31 +105,22 @@ def _check_length(given: bytes | None, limit: int) -> None:
         raise Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
 
 
-async def _read(receive: Receive, limit: int, timeout_s: float) -> bytes:
-    message = await _next(receive, timeout_s)
-    body: bytes = message.get("body", b"")
-    if not message.get("more_body", False):
-        if len(body) > limit:
-            raise Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
-        return body
-    ends_s = asyncio.get_running_loop().time() + timeout_s
-    parts, size = [body], len(body)
-    while message.get("more_body", False):
-        message = await _next(receive, ends_s - asyncio.get_running_loop().time())
-        part: bytes = message.get("body", b"")
-        size += len(part)
-        if size > limit:
-            raise Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
-        parts.append(part)
-    return b"".join(parts)
-
-
-async def _next(receive: Receive, timeout_s: float) -> MutableMapping[str, Any]:
+async def read_body(receive: Receive, limit: int, timeout_s: float) -> bytes:
+    """The whole body. Raises `Refused` (413 beyond `limit` bytes, 408 after `timeout_s`) or `ClientGone`."""
+    parts: list[bytes] = []
+    size = 0
     try:
         async with asyncio.timeout(timeout_s):
-            message = await receive()
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part: bytes = message.get("body", b"")
+                size += len(part)
+                if size > limit:
+                    raise Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
+                if not message.get("more_body", False):
+                    return b"".join((*parts, part)) if parts else part
+                parts.append(part)
     except TimeoutError:
         raise Refused(Outcome.INVALID, "the body did not arrive in time", 408) from None
-    if message["type"] == "http.disconnect":
-        raise ClientGone
-    return message

@@ -13,15 +13,19 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException as AnyHTTPException
 
-from gateway.admission import ACCEPTED_TYPES, Receive, Scope
+from gateway.admission import ACCEPTED_TYPES, Receive, Scope, check_length, read_body
+from gateway.dispatch import ClientGone, Refused
 from gateway.handle import PREFIX, Gateway
 from gateway.responses import Send
 from gateway.router import ROUTERS
 from protocol.board import BOARD_ERRORS
+from protocol.deployment import check_deployment
 from protocol.records import Deployment
 
 VERSION = "0.1.0"
+LARGEST_ADMIN_BYTES = 1 << 20
 
 
 class TidegateApp:
@@ -43,6 +47,10 @@ class RouterChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Body of `PUT /admin/services/{service}/router`."""
 
     router: str
+
+
+class DeploymentBody(Deployment, frozen=True, forbid_unknown_fields=True):
+    """Body of `PUT /admin/deployment`. Unlike a reader of the board, it refuses keys that it does not know."""
 
 
 def build_api(gateway: Gateway) -> FastAPI:
@@ -81,7 +89,9 @@ def build_api(gateway: Gateway) -> FastAPI:
 
     @api.put("/admin/deployment", summary="Replace it", tags=["admin"], dependencies=[Depends(_admin(gateway))])
     async def replace_deployment(request: Request) -> Response:
-        deployment = _decode(await request.body(), Deployment)
+        deployment = _decode(await _body(gateway, request), DeploymentBody, "deployment")
+        if fault := check_deployment(deployment):
+            raise HTTPException(400, fault)
         for name, spec in deployment.services.items():
             _check_router(spec.router, name)
         return _json(await _post(gateway, deployment))
@@ -93,7 +103,7 @@ def build_api(gateway: Gateway) -> FastAPI:
         dependencies=[Depends(_admin(gateway))],
     )
     async def change_router(service: str, request: Request) -> Response:
-        change = _decode(await request.body(), RouterChange)
+        change = _decode(await _body(gateway, request), RouterChange, "change of router")
         deployment = gateway.fleet.deployment
         if deployment is None or service not in deployment.services:
             raise HTTPException(404, f"no service {service!r} is deployed")
@@ -102,8 +112,8 @@ def build_api(gateway: Gateway) -> FastAPI:
         services = {**deployment.services, service: spec}
         return _json(await _post(gateway, msgspec.structs.replace(deployment, services=services)))
 
-    @api.exception_handler(HTTPException)
-    async def as_error(request: Request, error: HTTPException) -> JSONResponse:
+    @api.exception_handler(AnyHTTPException)
+    async def as_error(request: Request, error: AnyHTTPException) -> JSONResponse:
         code = "UNAVAILABLE" if error.status_code == 503 else "INVALID"
         return JSONResponse({"error": error.detail, "code": code}, error.status_code, error.headers)
 
@@ -141,11 +151,23 @@ def _check_router(router: str, service: str) -> None:
         raise HTTPException(400, f"router = {router!r} of {service}: must be one of {', '.join(ROUTERS)}")
 
 
-def _decode(body: bytes, type_: Any) -> Any:
+async def _body(gateway: Gateway, request: Request) -> bytes:
+    """An admin call's body, under the same guards as an image."""
+    try:
+        given = request.headers.get("content-length")
+        check_length(given.encode() if given is not None else None, LARGEST_ADMIN_BYTES)
+        return await read_body(request.receive, LARGEST_ADMIN_BYTES, gateway.config.body_timeout_s)
+    except Refused as error:
+        raise HTTPException(error.http_status, error.reason, {"connection": "close"}) from error
+    except ClientGone:
+        raise HTTPException(400, "the client left before its body was complete") from None
+
+
+def _decode(body: bytes, type_: Any, what: str) -> Any:
     try:
         return msgspec.json.decode(body, type=type_)
-    except msgspec.MsgspecError as error:
-        raise HTTPException(400, f"the body is not a valid {type_.__name__}: {error}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise HTTPException(400, f"the body is not a {what}: {error}") from error
 
 
 def _json(value: Any) -> Response:

@@ -1,13 +1,15 @@
-"""uvicorn's HTTP connection with two guards that it lacks: on the size of a request's head, and on its slowness.
+"""uvicorn's HTTP connection with the guards that it lacks: on a request's head (bytes and time), and on pipelines.
 
-Everything else is uvicorn's. A client that breaks a guard gets a JSON error and the connection is closed.
+A client that breaks a guard, or that does not speak HTTP, gets a JSON error and the connection is closed; answers to
+its earlier requests go out first. When a client leaves, the request that is being served hears of it even if the
+client had already sent the next one. Everything else is uvicorn's.
 """
 
 import asyncio
 from typing import Any, ClassVar
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 
 class GuardedConnection(HttpToolsProtocol):
@@ -18,8 +20,11 @@ class GuardedConnection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._head_bytes = 0
-        self._head_timer: asyncio.TimerHandle | None = None
+        self._heads = 0  # begun so far
+        self._head_bytes = 0  # of the one that is open
+        self._head_timer: asyncio.TimerHandle | None = None  # set while one is open, and until the first begins
+        self._running: RequestResponseCycle | None = None
+        self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -27,36 +32,75 @@ class GuardedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        # uvicorn tells the latest request only; the one that is being served may be an earlier one.
+        running = self._running
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
+        self.pipeline.clear()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        heads = self._heads
+        super().data_received(data)
+        # Only a head that was open before these bytes, and still is, is known to consist of all of them; in others
+        # they may be the body before it. So an endless head is noticed one chunk later, and a body never is one.
+        if self._head_timer is not None and heads == self._heads:
+            self._head_bytes += len(data)
+            if self._head_bytes > self.max_header_bytes:
+                self._refuse(431, f"the request's head is larger than {self.max_header_bytes} bytes")
+
+    # the parser's calls
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._heads += 1
         self._head_bytes = 0
-        if self._head_timer is None:
+        if self._head_timer is None and not self._refused:
             self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
     def on_headers_complete(self) -> None:
         self._stop_timer()
+        if self._refused:
+            return
         if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > self.max_header_bytes:
             self._refuse(431, f"the request's head is larger than {self.max_header_bytes} bytes")
         else:
             super().on_headers_complete()
 
-    def data_received(self, data: bytes) -> None:
-        # Bytes that arrive while a head is open count against its limit. A chunk that completes the head may bring
-        # some of the body along, so the limit is judged only while the head stays open.
-        super().data_received(data)
-        if self._head_timer is not None and not self.transport.is_closing():
-            self._head_bytes += len(data)
-            if self._head_bytes > self.max_header_bytes:
-                self._refuse(431, f"the request's head is larger than {self.max_header_bytes} bytes")
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._refused:
+            super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(400, "these bytes are not an HTTP/1.1 request")
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    # refusals
 
     def _too_slow(self) -> None:
         self._head_timer = None
-        if not self.transport.is_closing():
-            self._refuse(408, f"the request's head did not arrive within {self.header_timeout_s:g} s")
+        self._refuse(408, f"the request's head did not arrive within {self.header_timeout_s:g} s")
 
     def _refuse(self, status: int, reason: str) -> None:
+        """Takes nothing more from this client, and says why unless that would overtake an earlier answer."""
+        self._refused = True
+        self._stop_timer()
+        if self.transport.is_closing():
+            return
+        latest = self.cycle
+        if latest is not None and not latest.response_complete and (self.pipeline or not latest.more_body):
+            latest.keep_alive = False  # its answer will be the last
+            return
         body = msgspec.json.encode({"error": reason, "code": "INVALID"})
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)

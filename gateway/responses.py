@@ -18,6 +18,7 @@ Header = tuple[bytes, bytes]
 _JSON: Final[Header] = (b"content-type", b"application/json")
 _LATE: Final[Header] = (b"x-tidegate-late", b"1")
 _CLOSE: Final[Header] = (b"connection", b"close")
+_ALLOW: Final[Header] = (b"allow", b"POST")
 _RETRY_LATER: Final = frozenset({Outcome.QUEUE_FULL, Outcome.UNAVAILABLE})
 
 
@@ -49,5 +50,7 @@ async def send_refusal(send: Send, id: str, refused: Refused, retry_after_s: flo
     if close:
         headers.append(_CLOSE)
     status = refused.http_status or HTTP_STATUS[refused.outcome]
+    if status == 405:
+        headers.append(_ALLOW)
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
