@@ -22,7 +22,7 @@ from policies.routing.rules import cannot_finish
 from protocol.frames import Frame, Kind
 from protocol.link import LinkClosed
 from protocol.outcomes import Attempt, Outcome
-from protocol.records import BOUNCE, EXPIRE, TENSORS, Infer, Reply
+from protocol.records import BOUNCE, EXPIRE, Infer, Reply
 
 _decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
@@ -49,9 +49,23 @@ class Refused(Exception):
 
 
 class Request:
-    """One admitted request. `arrived_s` and `deadline_s` are local monotonic times."""
+    """One admitted request. `arrived_s` and `deadline_s` are local monotonic times.
 
-    __slots__ = ("arrived_s", "body", "content_type", "deadline_s", "ended_early", "id", "tensors", "top_k", "waiting")
+    `flags` (TENSORS, PREDICTIONS) say what the worker should answer; `variant` pins the request to its instances.
+    """
+
+    __slots__ = (
+        "arrived_s",
+        "body",
+        "content_type",
+        "deadline_s",
+        "ended_early",
+        "flags",
+        "id",
+        "top_k",
+        "variant",
+        "waiting",
+    )
 
     def __init__(
         self,
@@ -61,7 +75,8 @@ class Request:
         body: bytes,
         content_type: str,
         top_k: int,
-        tensors: bool = False,
+        flags: int = 0,
+        variant: str = "",
     ) -> None:
         self.id = id
         self.arrived_s = arrived_s
@@ -69,7 +84,8 @@ class Request:
         self.body = body
         self.content_type = content_type
         self.top_k = top_k
-        self.tensors = tensors
+        self.flags = flags
+        self.variant = variant
         self.waiting: asyncio.Future[Frame] | asyncio.Future[Target] | None = None
         self.ended_early: Exception | None = None
 
@@ -128,13 +144,14 @@ class Dispatcher:
     async def _place(self, router: ServiceRouter, request: Request) -> tuple[Target, float]:
         """Chooses the instance, waiting for an idle one if the rule says HOLD; the router knows of it from here on."""
         now_s = time.monotonic()
-        choice = (
-            router.route(now_s, request.deadline_s - now_s, self._draw()) if not self._held.get(router.name) else HOLD
-        )
+        if self._held.get(router.name) and not request.variant:
+            choice: Target | int = HOLD
+        else:
+            choice = router.route(now_s, request.deadline_s - now_s, self._draw(), variant=request.variant)
         if isinstance(choice, Target):
             return choice, router.sent(choice, now_s)
         if choice != HOLD:
-            raise Refused(Outcome.UNAVAILABLE, f"no instance of {router.name} is ready")
+            raise Refused(Outcome.UNAVAILABLE, f"no instance of {request.variant or router.name} is ready")
         held = self._held.setdefault(router.name, deque())
         if len(held) + sum(target.in_flight for target in router.targets) >= sum(router.capacity):
             raise Refused(Outcome.QUEUE_FULL, f"the queue of {router.name} is full")
@@ -188,7 +205,7 @@ class Dispatcher:
         budget_s = request.deadline_s - now_s
         if budget_s <= 0.0:
             return None
-        choice = router.route(now_s, budget_s, self._draw(), avoid=avoid)
+        choice = router.route(now_s, budget_s, self._draw(), avoid=avoid, variant=request.variant)
         return choice if isinstance(choice, Target) else None
 
     async def _attempt(
@@ -200,9 +217,9 @@ class Dispatcher:
         sent_s = time.monotonic()
         budget_s = request.deadline_s - sent_s
         flags = (
-            (BOUNCE if first and router.bounces and router.routable > 1 else 0)
+            (BOUNCE if first and router.bounces and router.routable > 1 and not request.variant else 0)
             | (EXPIRE if router.expires else 0)
-            | (TENSORS if request.tensors else 0)
+            | request.flags
         )
         attempt, reply, payload = Attempt.CANCELLED, None, b""
         peer = self._fleet.peers.get(target.record.address)

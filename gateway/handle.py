@@ -6,19 +6,22 @@ a client that leaves, a bug. See DESIGN section 4 for what each outcome means.
 
 import asyncio
 import logging
+import secrets
 import time
 from random import Random
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import msgspec
 
 from gateway.admission import Receive, Scope, admit, request_id
+from gateway.arrivals import Arrivals
 from gateway.config import GatewayConfig
 from gateway.dispatch import Answered, AnswerTimeout, ClientGone, Dispatcher, DispatchStatistics, Refused, Request
 from gateway.fleet import Fleet
+from gateway.inferences import Inferences
 from gateway.metrics import UNKNOWN, FleetCollector, GatewayMetrics
 from gateway.responses import Send, send_answer, send_refusal
-from gateway.router import RouterStatistics
+from gateway.router import RouterStatistics, ServiceRouter
 from protocol.board import Board
 from protocol.outcomes import Outcome
 
@@ -39,6 +42,52 @@ class GatewayStatistics(msgspec.Struct, frozen=True):
     dispatch: DispatchStatistics
 
 
+class Call(Protocol):
+    """One request as its HTTP surface sees it; the life between reading and writing is the same for all.
+
+    `variant` is "" unless the client pinned one; `id` may still change while the request is admitted.
+    """
+
+    id: str
+    router: ServiceRouter | None
+    variant: str
+
+    async def admit(self, receive: Receive, arrived_s: float) -> Request:
+        """The request, body read. Raises `Refused` (INVALID, with the HTTP status) or `ClientGone`."""
+
+    async def answer(self, send: Send, outcome: Outcome, answered: Answered, total_s: float) -> None:
+        """Writes the answer that came after `total_s` seconds, OK or LATE."""
+
+    async def refuse(self, send: Send, refused: Refused, retry_after_s: float, *, close: bool) -> None:
+        """Writes the error. `close` ends the connection, for the body may not have been read."""
+
+
+class ImageCall:
+    """POST /v1/{service}: the image is the body, the answer is JSON."""
+
+    variant = ""
+
+    def __init__(self, gateway: "Gateway", scope: Scope) -> None:
+        self._scope = scope
+        self._headers: dict[bytes, bytes] = dict(scope["headers"])
+        self._body_timeout_s = gateway.config.body_timeout_s
+        self.router = gateway.fleet.services.get(scope["path"][len(PREFIX) :])
+        self.id = request_id(self._headers)
+
+    async def admit(self, receive: Receive, arrived_s: float) -> Request:
+        """See `admission.admit`."""
+        return await admit(self.router, self._scope, self._headers, receive, self.id, arrived_s, self._body_timeout_s)
+
+    async def answer(self, send: Send, outcome: Outcome, answered: Answered, total_s: float) -> None:
+        """See `responses.send_answer`."""
+        assert self.router is not None, "only an admitted request is answered"
+        await send_answer(send, self.id, self.router.name, outcome, answered, total_s)
+
+    async def refuse(self, send: Send, refused: Refused, retry_after_s: float, *, close: bool) -> None:
+        """See `responses.send_refusal`."""
+        await send_refusal(send, self.id, refused, retry_after_s, close)
+
+
 class Gateway:
     """Holds the parts together: what is known (`fleet`), how requests travel (`dispatcher`), what is counted."""
 
@@ -48,17 +97,22 @@ class Gateway:
         self.dispatcher = Dispatcher(self.fleet, Random(seed).random)
         self.metrics = GatewayMetrics()
         self.metrics.registry.register(FleetCollector(self.fleet.services.values, self.dispatcher.statistics))
+        self.arrivals = Arrivals(secrets.token_hex(4), time.monotonic())
+        self.inferences = Inferences()
         self.draining = False
         self._arrived = 0
 
     async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One POST to /v1/{service}, from its first byte to its answer."""
+        await self.serve(ImageCall(self, scope), receive, send)
+
+    async def serve(self, call: Call, receive: Receive, send: Send) -> None:
+        """The life of one request, whatever surface it came through."""
         arrived_s = time.monotonic()
         self._arrived += 1
-        headers: dict[bytes, bytes] = dict(scope["headers"])
-        name = scope["path"][len(PREFIX) :]
-        router = self.fleet.services.get(name)
-        id = request_id(headers)
+        router = call.router
+        if router is not None:
+            self.arrivals.add(arrived_s, router.name)
         outcome = Outcome.CANCELLED
         request: Request | None = None
         refused: Refused | None = None
@@ -67,8 +121,8 @@ class Gateway:
         try:
             if router is None and not self.fleet.services:
                 raise Refused(Outcome.UNAVAILABLE, "the gateway is starting: it has not seen a deployment yet")
-            request = await admit(router, scope, headers, receive, id, arrived_s, self.config.body_timeout_s)
-            assert router is not None
+            request = await call.admit(receive, arrived_s)
+            assert router is not None, "an admitted request has a service"
             watch = _Watch(receive, request, self.config.answer_timeout_s)
             try:
                 answered = await self.dispatcher.dispatch(router, request)
@@ -86,20 +140,23 @@ class Gateway:
             outcome = Outcome.FAILED
             refused = Refused(outcome, "the worker did not answer")
         except Exception:
-            log.exception("request %s to %s failed", id, name)
+            log.exception("request %s to %s failed", call.id, router.name if router is not None else UNKNOWN)
             outcome = Outcome.FAILED
             refused = Refused(outcome, "internal error: the gateway's log has the details under this id")
         finally:
-            known = name if router is not None else UNKNOWN
+            known = router.name if router is not None else UNKNOWN
+            total_s = now_s - arrived_s
             if answered is not None:
-                self.metrics.count(known, outcome, now_s - arrived_s, answered.target.record.variant)
+                self.metrics.count(known, outcome, total_s, answered.target.record.variant)
+                self.inferences.add(known, answered.target.record.variant, total_s, answered.reply)
             else:
                 self.metrics.count(known, outcome, None, None)
+                self.inferences.add_failure(known, call.variant)
         if refused is not None:
             wait_s = min(router.clear_s, default=0.0) - time.monotonic() if router is not None else 1.0
-            await send_refusal(send, id, refused, wait_s, close=request is None)
+            await call.refuse(send, refused, wait_s, close=request is None)
         elif answered is not None:
-            await send_answer(send, id, name, outcome, answered, now_s - arrived_s)
+            await call.answer(send, outcome, answered, total_s)
 
     def statistics(self) -> GatewayStatistics:
         """A frozen picture of this process, for `/state`, metrics and tests."""

@@ -204,20 +204,26 @@ class ServiceRouter:
 
     # one request
 
-    def route(self, now_s: float, budget_s: float, draw: float, avoid: Target | None = None) -> Target | int:
+    def route(
+        self, now_s: float, budget_s: float, draw: float, avoid: Target | None = None, variant: str = ""
+    ) -> Target | int:
         """The instance for a request with `budget_s` left, or HOLD, or REJECT. `draw` is uniform in [0, 1).
 
-        `avoid` is left out (the instance that a first attempt has just failed at).
+        `avoid` is left out (the instance that a first attempt has just failed at). `variant`, where given, is the
+        only one that may answer; among its instances `deadline` chooses, whatever the service's router is.
         """
-        if self.uses_tables and now_s < self._table_ends_s and self._table_sums and avoid is None:
+        narrowed = avoid is not None or variant != ""
+        if self.uses_tables and now_s < self._table_ends_s and self._table_sums and not narrowed:
             index = bisect_right(self._table_sums, draw)
             if self.capacity[index] > 0:
                 return self.targets[index]
         capacity = self.capacity
         rule = self._rule
-        if avoid is not None and avoid.index >= 0:
-            capacity = capacity.copy()
-            capacity[avoid.index] = 0
+        if narrowed:
+            capacity = [
+                0 if target is avoid or (variant and target.record.variant != variant) else places
+                for target, places in zip(self.targets, capacity, strict=True)
+            ]
             rule = RULES["deadline"]
         index = rule(now_s, budget_s, draw, self.length, capacity, self.clear_s, self.service_s, self.rank, self.margin)
         return self.targets[index] if index >= 0 else index

@@ -14,6 +14,8 @@ EXPIRE: Final = 2
 """`Infer.flags`: drop before compute what cannot finish in time (the service's setting)."""
 TENSORS: Final = 4
 """`Infer.flags`: answer raw float32 scores instead of JSON predictions."""
+PREDICTIONS: Final = 8
+"""`Infer.flags`, beside `TENSORS`: answer both, the JSON first, then the scores (4 bytes per element of the shape)."""
 
 
 class Infer(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -86,10 +88,19 @@ class InstanceState(enum.StrEnum):
     FAILED = "failed"
 
 
+class InputRecord(msgspec.Struct, frozen=True):
+    """The tensor that a loaded variant takes beside encoded images: one input, without its batch axis."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
 class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """`instance:{id}` on the board, renewed by its worker every second, gone 3 s after the worker is.
 
     `epoch` differs after each start of the worker, so that a reader notices a restart that kept the address.
+    `input` and `classes` say what the variant takes and how many scores it gives, once it is loaded.
     """
 
     id: str
@@ -105,6 +116,8 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     service_s: float = 0.0
     profile: str | None = None
     reason: str = ""
+    input: InputRecord | None = None
+    classes: int = 0
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -121,11 +134,15 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One desired instance in a worker: a variant with a queue. `batch` is (minimum, maximum), Tan section 5.2.2."""
+    """One desired instance in a worker: a variant with a queue. `batch` is (minimum, maximum), Tan section 5.2.2.
+
+    `loaded = false` keeps its place in the deployment without loading it: what "unload" sets and "load" takes back.
+    """
 
     variant: str
     capacity: int = 15
     batch: tuple[int, int] = (1, 1)
+    loaded: bool = True
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -16,7 +16,17 @@ import msgspec
 from models.preprocess import Prepared
 from models.runtime import EmulatedRuntime, Runtime
 from protocol.outcomes import Attempt
-from protocol.records import BOUNCE, EXPIRE, Infer, InstanceRecord, InstanceSpec, InstanceState, Reply, Status
+from protocol.records import (
+    BOUNCE,
+    EXPIRE,
+    Infer,
+    InputRecord,
+    InstanceRecord,
+    InstanceSpec,
+    InstanceState,
+    Reply,
+    Status,
+)
 from workers.histogram import Histogram, HistogramStatistics
 from workers.queueing import BoundedQueue, Entry, QueueStatistics
 from workers.service_time import ServiceTimes
@@ -144,6 +154,8 @@ class Instance:
             accuracy_source=accuracy.source if accuracy else "none",
             service_s=self.times.mean_s(1),
             reason=self.reason,
+            input=InputRecord(variant.input.name, variant.input.shape, variant.input.dtype) if variant else None,
+            classes=variant.classes if variant else 0,
         )
 
     def statistics(self) -> InstanceStatistics:

@@ -55,6 +55,8 @@ def wanted_on(deployment: Deployment, worker: str) -> tuple[Wanted, ...] | None:
     wanted = []
     for instance in spec.instances:
         seen[instance.variant] += 1
+        if not instance.loaded:
+            continue
         number = seen[instance.variant]
         id = f"{worker}/{instance.variant}" + (f"#{number}" if number > 1 else "")
         service = _service_of(instance.variant, deployment.services)
