@@ -9,9 +9,10 @@ that call them go on with what they last knew. `follow` is the one place that re
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import functools
+from collections.abc import Awaitable, Callable, Coroutine
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, ParamSpec, Self, TypeVar
 
 import msgspec
 import redis.asyncio as redis
@@ -26,6 +27,32 @@ DECISIONS_KEPT: Final = 10_000
 
 _json = msgspec.json.Encoder().encode
 T = TypeVar("T")
+P = ParamSpec("P")
+
+
+async def _keep_cancellation(call: Awaitable[T]) -> T:
+    """Awaits `call`, and raises `CancelledError` if the task was cancelled meanwhile and nobody noticed.
+
+    redis-py (seen with 8.1) loses cancellations that arrive while it takes a connection from its pool; a loop that
+    lives on board calls would then never end.
+    """
+    task = asyncio.current_task()
+    before = task.cancelling() if task is not None else 0
+    try:
+        return await call
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
+def _cancellable(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """A method whose cancellations are kept."""
+
+    @functools.wraps(method)
+    async def kept(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await _keep_cancellation(method(*args, **kwargs))
+
+    return kept
 
 
 class Board:
@@ -43,12 +70,14 @@ class Board:
     ) -> None:
         await self._redis.aclose()
 
+    @_cancellable
     async def ping(self) -> None:
         """Raises one of `BOARD_ERRORS` if nobody answers."""
         await self._redis.ping()
 
     # registrations (written by workers, read by gateways and schedulers)
 
+    @_cancellable
     async def post_instances(self, records: list[InstanceRecord], *, changed: bool) -> None:
         """Renews the registrations; with `changed`, tells every follower to read them now."""
         pipeline = self._redis.pipeline(transaction=False)
@@ -58,6 +87,7 @@ class Board:
             pipeline.publish("news", "instances")
         await pipeline.execute()
 
+    @_cancellable
     async def remove_instances(self, ids: list[str]) -> None:
         """Takes registrations back (an orderly end; a killed worker's expire by themselves)."""
         if ids:
@@ -66,6 +96,7 @@ class Board:
             pipeline.publish("news", "instances")
             await pipeline.execute()
 
+    @_cancellable
     async def instances(self) -> list[InstanceRecord]:
         """All live registrations, sorted by id. A record that this version cannot read is left out."""
         keys = sorted([key async for key in self._redis.scan_iter(match="instance:*", count=1000)])
@@ -75,6 +106,7 @@ class Board:
 
     # the desired state (written by operators, read by workers and gateways)
 
+    @_cancellable
     async def put_deployment(self, deployment: Deployment) -> Deployment:
         """Replaces the desired state; gives it back with the version that it got."""
         version = int(await self._redis.incr("version:deployment"))
@@ -86,12 +118,14 @@ class Board:
         await pipeline.execute()
         return numbered
 
+    @_cancellable
     async def deployment(self) -> Deployment | None:
         """The desired state, or None if nobody has posted one."""
         return _decode(await self._redis.get("deployment"), Deployment)
 
     # routing tables (written by the scheduler)
 
+    @_cancellable
     async def put_table(self, table: Table) -> Table:
         """Publishes a table under the next version of its service; gives it back with that version."""
         version = int(await self._redis.incr(f"version:{table.service}"))
@@ -103,6 +137,7 @@ class Board:
         await pipeline.execute()
         return numbered
 
+    @_cancellable
     async def table(self, service: str) -> Table | None:
         """The service's table if it has not expired."""
         return _decode(await self._redis.get(f"table:{service}"), Table)
@@ -123,16 +158,19 @@ class Board:
 
     # the decision log
 
+    @_cancellable
     async def add_decision(self, record: DecisionRecord) -> None:
         """Appends to the bounded decision log."""
         await self._redis.xadd("decisions", {"decision": _json(record)}, maxlen=DECISIONS_KEPT, approximate=True)
 
+    @_cancellable
     async def decisions(self, count: int = 100) -> list[DecisionRecord]:
         """The newest decisions, newest first."""
         entries = await self._redis.xrevrange("decisions", count=count)
         records = [_decode(fields.get(b"decision"), DecisionRecord) for _, fields in entries]
         return [record for record in records if record is not None]
 
+    @_cancellable
     async def hold_lease(self, owner: str) -> bool:
         """Takes or renews the one scheduler lease; False while another holds it."""
         milliseconds = int(LEASE_EXPIRES_S * 1000)
@@ -164,11 +202,13 @@ class Board:
         while True:
             subscription = self._redis.pubsub()
             try:
-                await subscription.psubscribe("news", "table:*")
+                await _keep_cancellation(subscription.psubscribe("news", "table:*"))
                 await read_all()
                 pause_s = 0.1
                 while True:
-                    message = await subscription.get_message(ignore_subscribe_messages=True, timeout=1.0)
+                    message = await _keep_cancellation(
+                        subscription.get_message(ignore_subscribe_messages=True, timeout=1.0)
+                    )
                     if message is not None:
                         await on_news(message["channel"].decode(), message["data"])
             except BOARD_ERRORS:

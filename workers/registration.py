@@ -8,6 +8,7 @@ from protocol.board import BOARD_ERRORS, Board
 from protocol.records import InstanceRecord
 
 RENEW_S = 1.0
+FIRST_PAUSE_S = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -30,20 +31,23 @@ class Registration:
         self._changed.set()
 
     async def run(self) -> None:
-        """Post for ever. A board that is away is tried again every second, and told everything when it is back."""
+        """Post for ever. A board that is away is tried again and again, and told everything when it is back."""
         news_owed = True
+        wait_s = RENEW_S
         while True:
             self._changed.clear()
             try:
                 await self._post(changed=news_owed)
                 news_owed = False
+                wait_s = RENEW_S
                 self._say(away=False)
             except BOARD_ERRORS as error:
-                news_owed = True
+                # The first call after a return may meet a broken connection of the pool: try again soon.
+                news_owed, wait_s = True, min(RENEW_S, 2.0 * wait_s if self._away else FIRST_PAUSE_S)
                 self._say(away=True, reason=str(error))
             try:
                 # Not wait_for: on Python 3.11 it loses a cancellation that comes together with the event.
-                async with asyncio.timeout(RENEW_S):
+                async with asyncio.timeout(wait_s):
                     await self._changed.wait()
                 news_owed = True
             except TimeoutError:

@@ -1,0 +1,264 @@
+"""The board's promises, over fakeredis' TCP server and over a real redis-server."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from protocol import board as board_module
+from protocol.board import BOARD_ERRORS, Board
+from protocol.records import (
+    DecisionRecord,
+    Deployment,
+    InstanceRecord,
+    InstanceSpec,
+    InstanceState,
+    ServiceSpec,
+    Table,
+    WorkerSpec,
+)
+
+RedisServer = Any  # of this folder's conftest.py
+
+
+def run(board_url: str, scenario: Callable[[Board], Awaitable[None]]) -> None:
+    """Run a scenario against the board."""
+
+    async def inside() -> None:
+        async with Board(board_url) as board:
+            await board.ping()
+            await scenario(board)
+
+    asyncio.run(inside())
+
+
+def record(id: str, state: InstanceState = InstanceState.READY) -> InstanceRecord:
+    """A registration."""
+    return InstanceRecord(
+        id=id, worker="w", address="unix:/x", service="s", variant="v", capacity=15, state=state, epoch="e"
+    )
+
+
+def table(service: str = "s", valid_for_s: float = 5.0) -> Table:
+    """A table of one instance."""
+    return Table(
+        service=service,
+        version=0,
+        valid_for_s=valid_for_s,
+        instances=("w/v",),
+        weights=(1.0,),
+        policy="p",
+        batch_limits={"v": (1, 3)},
+    )
+
+
+DEPLOYMENT = Deployment(
+    name="d",
+    services={"s": ServiceSpec(variants=("v",), requirement_ms=300)},
+    workers=(WorkerSpec(name="w", instances=(InstanceSpec(variant="v", batch=(1, 5)),)),),
+)
+
+
+async def come(condition: Callable[[], Awaitable[object]]) -> None:
+    """Wait until what the condition gives is true, at most 5 s."""
+    async with asyncio.timeout(5.0):
+        while not await condition():  # noqa: ASYNC110 - what is awaited happens in another process
+            await asyncio.sleep(0.005)
+
+
+def test_registrations_come_and_go(board_url: str) -> None:
+    """Sorted by id; what is taken back is gone; an unreadable record is left out."""
+
+    async def scenario(board: Board) -> None:
+        assert await board.instances() == []
+        await board.post_instances([record("w/b"), record("w/a", InstanceState.LOADING)], changed=True)
+        assert await board.instances() == [record("w/a", InstanceState.LOADING), record("w/b")]
+        await board._redis.set("instance:broken", b"{not json")
+        await board.remove_instances(["w/a"])
+        await board.remove_instances([])
+        assert await board.instances() == [record("w/b")]
+
+    run(board_url, scenario)
+
+
+def test_registrations_expire(board_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is killed stops renewing, and its records go by themselves."""
+    monkeypatch.setattr(board_module, "INSTANCE_EXPIRES_S", 0.2)
+
+    async def scenario(board: Board) -> None:
+        await board.post_instances([record("w/a")], changed=True)
+        assert len(await board.instances()) == 1
+
+        async def gone() -> bool:
+            return not await board.instances()
+
+        await come(gone)
+
+    run(board_url, scenario)
+
+
+def test_deployment_versions_only_grow(board_url: str) -> None:
+    """Each post gets the next version, also when the board has forgotten all and the poster has not."""
+
+    async def scenario(board: Board) -> None:
+        assert await board.deployment() is None
+        first = await board.put_deployment(DEPLOYMENT)
+        second = await board.put_deployment(DEPLOYMENT)
+        assert (first.version, second.version) == (1, 2)
+        assert await board.deployment() == second
+        await board._redis.flushall()
+        again = await board.put_deployment(second)
+        after = await board.put_deployment(again)
+        assert again.version >= second.version
+        assert after.version > again.version
+
+    run(board_url, scenario)
+
+
+def test_tables_are_versioned_per_service_and_expire(board_url: str) -> None:
+    """Versions count per service; an expired table is no table."""
+
+    async def scenario(board: Board) -> None:
+        versions = [(await board.put_table(table(service))).version for service in ("s", "s", "t")]
+        assert versions == [1, 2, 1]
+        assert (await board.table("s")) is not None
+        await board.put_table(table("s", valid_for_s=0.05))
+
+        async def expired() -> bool:
+            return await board.table("s") is None
+
+        await come(expired)
+        assert (await board.table("t")) is not None
+
+    run(board_url, scenario)
+
+
+def test_decisions_newest_first(board_url: str) -> None:
+    """As many as asked for."""
+
+    async def scenario(board: Board) -> None:
+        for slot in range(5):
+            decision = DecisionRecord(
+                service="s",
+                slot=slot,
+                policy="p",
+                table_version=slot,
+                instances=("w/v",),
+                weights=(1.0,),
+                lengths=(0,),
+                elapsed_s=(0.0,),
+            )
+            await board.add_decision(decision)
+        assert [decision.slot for decision in await board.decisions(3)] == [4, 3, 2]
+
+    run(board_url, scenario)
+
+
+def test_one_scheduler_holds_the_lease(board_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder renews, another is refused, and takes over once it has expired."""
+    monkeypatch.setattr(board_module, "LEASE_EXPIRES_S", 0.3)
+
+    async def scenario(board: Board) -> None:
+        assert await board.hold_lease("one")
+        assert not await board.hold_lease("two")
+        assert await board.hold_lease("one")
+        await come(lambda: board.hold_lease("two"))
+        assert not await board.hold_lease("one")
+
+    run(board_url, scenario)
+
+
+class Follower:
+    """What `Board.follow` told."""
+
+    def __init__(self, board: Board) -> None:
+        self.reads = 0
+        self.news: list[tuple[str, bytes]] = []
+        self._board = board
+
+    async def __aenter__(self) -> "Follower":
+        self._task = asyncio.create_task(self._board.follow(self._read, self._on_news))
+        await self.come(lambda: self.reads == 1)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await self._task
+
+    async def come(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition holds, at most 5 s."""
+
+        async def holds() -> bool:
+            return condition()
+
+        await come(holds)
+
+    async def _read(self) -> None:
+        await self._board.ping()
+        self.reads += 1
+
+    async def _on_news(self, channel: str, data: bytes) -> None:
+        self.news.append((channel, data))
+
+
+def test_followers_hear_of_every_change(board_url: str) -> None:
+    """Instances (only if changed), deployment, and tables with their content."""
+
+    async def scenario(board: Board) -> None:
+        async with Follower(board) as follower:
+            await board.post_instances([record("w/a")], changed=True)
+            await board.post_instances([record("w/a")], changed=False)
+            await board.put_deployment(DEPLOYMENT)
+            await board.put_table(table())
+            await board.remove_instances(["w/a"])
+            await follower.come(lambda: len(follower.news) == 4)
+            assert [channel for channel, _ in follower.news] == ["news", "news", "table:s", "news"]
+            assert [data for channel, data in follower.news if channel == "news"] == [
+                b"instances",
+                b"deployment",
+                b"instances",
+            ]
+            assert b'"batch_limits"' in follower.news[2][1]
+
+    run(board_url, scenario)
+
+
+def test_cancellations_are_kept(board_url: str) -> None:
+    """Cancelled at every step of a call: it ends, whatever the client library does with it."""
+
+    async def scenario(board: Board) -> None:
+        for steps in range(25):
+            calling = asyncio.create_task(_call_for_ever(board))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            calling.cancel()
+            _, pending = await asyncio.wait([calling], timeout=2.0)
+            assert not pending, f"cancelled after {steps} steps, and it goes on"
+
+    run(board_url, scenario)
+
+
+async def _call_for_ever(board: Board) -> None:
+    while True:
+        await board.ping()
+        await asyncio.sleep(60)
+
+
+@pytest.mark.redis
+def test_a_board_that_comes_back_is_read_again(redis_server: RedisServer) -> None:
+    """While it is away every call raises one of `BOARD_ERRORS`; then followers subscribe and read anew."""
+
+    async def scenario(board: Board) -> None:
+        async with Follower(board) as follower:
+            redis_server.kill()
+            for call in (board.instances, board.deployment, board.ping):
+                with pytest.raises(BOARD_ERRORS):
+                    await call()
+            redis_server.start()
+            await follower.come(lambda: follower.reads == 2)
+            await board.post_instances([record("w/a")], changed=True)
+            await follower.come(lambda: ("news", b"instances") in follower.news)
+
+    run(redis_server.url, scenario)
