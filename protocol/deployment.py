@@ -28,11 +28,18 @@ class DeploymentError(ValueError):
 
 
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Where clients connect. Several `processes` share the port."""
+    """Where clients connect, and how long they may take. Several `processes` share the port.
+
+    `header_timeout_s` and `body_timeout_s` bound the arrival of a request's head and body; `drain_s` the wait for
+    requests under way at the end.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8700
     processes: int = 1
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 10.0
+    drain_s: float = 10.0
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -123,6 +130,10 @@ def _check_settings(file: DeploymentFile) -> str:
         return f"gateway.port = {file.gateway.port}: must be from 1 to 65535"
     if not 1 <= file.gateway.processes <= 64:
         return f"gateway.processes = {file.gateway.processes}: must be from 1 to 64"
+    for key in ("header_timeout_s", "body_timeout_s", "drain_s"):
+        value = getattr(file.gateway, key)
+        if not 0 < value <= 3600:
+            return f"gateway.{key} = {value}: must be above 0 and at most 3600 seconds"
     if not 0.05 <= file.scheduler.slot_s <= 60:
         return f"scheduler.slot_s = {file.scheduler.slot_s}: must be from 0.05 to 60 seconds"
     return ""
