@@ -13,32 +13,50 @@ from loadgen.answers import Outcome
 from loadgen.score import Score
 
 _PIPE_WIDTH = 110
+_LINE_EVERY_S = 2.0
+_FIRST_LINE_S = 0.5
 
 
 @contextmanager
 def live_progress(name: str, console: Console | None = None) -> Iterator[sender.ProgressCallback]:
-    """Show one run's progress on stderr (or `console`) and give the callback that a replay calls."""
+    """Show one run's progress on stderr (or `console`) and give the callback that a replay calls.
+
+    At a terminal it is one live line; in a log, a plain line every two seconds and at the end.
+    """
+    console = console or Console(stderr=True)
+    if not console.is_terminal:
+        yield _plain_lines(name, console)
+        return
     bar = Progress(
         SpinnerColumn(),
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=24),
         TextColumn("{task.fields[counts]}"),
         TimeRemainingColumn(),
-        console=console or Console(stderr=True),
-        transient=False,
+        console=console,
     )
     with bar:
         task = bar.add_task(name, total=None, counts="")
 
         def show(progress: sender.Progress) -> None:
-            bar.update(
-                task,
-                total=progress.end_s,
-                completed=min(progress.now_s, progress.end_s),
-                counts=counts_text(progress),
-            )
+            done_s = min(progress.now_s, progress.end_s)
+            bar.update(task, total=progress.end_s, completed=done_s, counts=counts_text(progress))
 
         yield show
+
+
+def _plain_lines(name: str, console: Console) -> sender.ProgressCallback:
+    due_s = _FIRST_LINE_S
+
+    def show(progress: sender.Progress) -> None:
+        nonlocal due_s
+        if progress.now_s < due_s and progress.now_s < progress.end_s:
+            return
+        due_s = progress.now_s + _LINE_EVERY_S
+        text = f"{name}: {progress.now_s:.0f} of {progress.end_s:.0f} s · {counts_text(progress)}"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+    return show
 
 
 def counts_text(progress: sender.Progress) -> str:
