@@ -1,0 +1,305 @@
+"""The learners: networks and their numpy twin, true action values, targets, updates, resuming."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from policies.placement.actors import ArtifactError, LearnedPolicy, load_artifact, log_probabilities
+from policies.placement.contract import REJECT
+from policies.placement.counterfactual import Later, with_others_answering, with_others_fixed
+from policies.placement.edge_network import ACCEPTED, EdgeNetwork
+from policies.placement.graph import eua16
+from policies.placement.guided import GuidedTrainer
+from policies.placement.happo import HappoLearner
+from policies.placement.hasac import hasac_settings
+from policies.placement.hisper import SoftLearner
+from policies.placement.networks import actor_log_probs, actor_parameters, critic_state, critic_values, straight_through
+from policies.placement.observation import Layout, observe, observe_all
+from policies.placement.rules import Convention, Heuristic, Sequential
+from policies.placement.tables import shipped_tables
+from policies.placement.train import PRESETS, preset, train
+from policies.placement.training import Run, Settings, action_masks, actor_shape, artifact_of, with_overrides
+from policies.placement.workload import Load, draw_slots
+
+torch.set_num_threads(1)
+NETWORK = EdgeNetwork(eua16(), shipped_tables())
+SMALL = Settings(per_service=2, minibatch=32, prefill=100, buffer=400, steps=40, evaluate_every=40, evaluation_slots=10)
+GUIDED = Settings(
+    algorithm="guided", layout="derived", guide=0.1, per_service=2, minibatch=16, steps=64, evaluate_every=32,
+    evaluation_slots=10,
+)  # fmt: skip
+
+
+def test_true_values_are_those_of_playing_every_action() -> None:
+    rng = np.random.default_rng(0)
+    slots = draw_slots(NETWORK, Load(per_service=3, mixed=True, present=0.9), 5, rng)
+    variants = np.where(slots.service == 0, 4, 3)
+    placements = np.stack(
+        [rng.integers(16, size=variants.shape), rng.integers(variants), 4 * rng.integers(4, size=variants.shape)],
+        axis=2,
+    )
+    placements[rng.random(variants.shape) < 0.1] = REJECT
+    tried = 0
+    for agent in range(slots.requests):
+        values = with_others_fixed(NETWORK, slots, placements, agent)
+        for _ in range(60):
+            action = np.stack([rng.integers(16, size=5), rng.integers(3, size=5), 4 * rng.integers(4, size=5)], axis=1)
+            changed = placements.copy()
+            changed[:, agent] = action
+            rewards = NETWORK.evaluate(slots, changed).reward
+            present = slots.service[:, agent] >= 0
+            got = values[np.arange(5), action[:, 0], action[:, 1], action[:, 2]]
+            np.testing.assert_allclose(got[present], rewards[present], atol=1e-9)
+            tried += 1
+    assert tried == 360
+
+
+def test_answering_costs_a_later_request_no_more_than_its_second_best_node() -> None:
+    slots = draw_slots(NETWORK, Load(per_service=1), 30, np.random.default_rng(1))
+    state = NETWORK.start(slots)
+    options = NETWORK.options(state, slots, 0)
+    nothing = np.full((30, 3), REJECT)
+    later = NETWORK.options(state, slots, 1)
+    values = np.where(later.feasible, later.value, -100.0).max(axis=(1, 2))
+    total = with_others_answering(NETWORK, slots, 0, nothing, options, [Later(values)])
+    loss = np.where(options.feasible, options.value - total, 0.0)
+    ordered = np.sort(values, axis=1)
+    assert (loss >= -1e-12).all()
+    assert (loss <= (ordered[:, -1] - ordered[:, -2])[:, None, None, None] + 1e-12).all()
+    best_node = values.argmax(axis=1)
+    elsewhere = np.arange(16)[None] != best_node[:, None]
+    assert (np.abs(loss.max(axis=(1, 2))[elsewhere]) < 1e-12).all()
+    assert loss.max() > 0.0
+
+
+@pytest.mark.parametrize("autoregressive", [True, False])
+@pytest.mark.parametrize("layout", ["paper", "derived"])
+def test_the_numpy_actor_is_the_torch_actor(autoregressive: bool, layout: str) -> None:
+    settings = replace(SMALL, autoregressive=autoregressive, layout=layout)
+    shape = actor_shape(settings, NETWORK)
+    actors = actor_parameters(shape, 4, torch.Generator().manual_seed(0))
+    services = np.array([0, 0, 1, 1])
+    masks = action_masks(NETWORK, services, "cpu")
+    slots = draw_slots(NETWORK, settings.load(), 7, np.random.default_rng(0))
+    seen = observe_all(NETWORK, Layout(layout, 16, 2), slots).astype(np.float32)
+    assert seen.shape == (4, 7, Layout(layout, 16, 2).size)
+    ours = actor_log_probs(shape, actors, torch.as_tensor(seen), (masks[0], masks[1], masks[2]))
+    artifact = artifact_of(settings, NETWORK, shape, actors)
+    twin = log_probabilities(artifact, np.arange(4), seen, [m.numpy() for m in masks])
+    for a, b in zip(ours, twin, strict=True):
+        np.testing.assert_allclose(a.numpy(), b, atol=2e-5)
+        np.testing.assert_allclose(np.exp(b).sum(axis=2), 1.0, atol=1e-5)
+    assert np.exp(twin[1][2:, :, 3]).max() == 0.0  # tracking has three variants
+
+
+def test_only_the_autoregressive_actor_lets_one_sub_action_see_the_one_before() -> None:
+    seen = torch.as_tensor(np.random.default_rng(0).normal(size=(1, 5, 170)), dtype=torch.float32)
+    for autoregressive in (True, False):
+        shape = actor_shape(replace(SMALL, autoregressive=autoregressive), NETWORK)
+        actors = actor_parameters(shape, 1, torch.Generator().manual_seed(0))
+        masks = action_masks(NETWORK, np.array([0]), "cpu")
+        before = actor_log_probs(shape, actors, seen, (masks[0], masks[1], masks[2]))
+        actors["head0.bias"][:, :, 3] += 5.0
+        after = actor_log_probs(shape, actors, seen, (masks[0], masks[1], masks[2]))
+        assert bool((before[1] != after[1]).any()) == autoregressive
+        assert bool((before[2] != after[2]).any()) == autoregressive
+
+
+def test_observations_follow_the_state_and_only_ones_own_request() -> None:
+    slots = draw_slots(NETWORK, Load(per_service=2), 6, np.random.default_rng(0))
+    for name in ("paper", "derived"):
+        layout, state = Layout(name, 16, 2), NETWORK.start(slots)
+        before = observe(NETWORK, layout, state, slots, 1)
+        other = replace(slots, data_mb=np.where(np.arange(4) == 0, 1.0, slots.data_mb))
+        np.testing.assert_array_equal(before, observe(NETWORK, layout, state, other, 1))
+        placed = NETWORK.place(state, slots, 0, np.tile([15, 0, 3], (6, 1)))[0] == ACCEPTED
+        assert placed.any()
+        np.testing.assert_array_equal((before != observe(NETWORK, layout, state, slots, 1)).any(axis=1), placed)
+        assert np.isfinite(before).all()
+        assert np.abs(before).max() < 60
+
+
+def test_straight_through_samples_the_distribution_and_passes_gradients() -> None:
+    logits = torch.tensor([0.5, 1.5, -1.0], requires_grad=True)
+    log_probs = torch.log_softmax(logits, dim=0).expand(1, 40_000, 3)
+    sample = straight_through(log_probs, torch.Generator().manual_seed(0))
+    frequency = sample.detach().mean(dim=(0, 1))
+    np.testing.assert_allclose(frequency.numpy(), torch.softmax(logits, 0).detach().numpy(), atol=0.01)
+    sample[..., 0].sum().backward()  # type: ignore[no-untyped-call]
+    assert logits.grad is not None
+    assert logits.grad[0] > 0 > logits.grad[1]
+
+
+def test_targets_follow_equation_31() -> None:
+    learner = SoftLearner(replace(SMALL, discount=0.9))
+    learner.collect(64)
+    learner.noise.manual_seed(5)
+    learner.rng = np.random.default_rng(5)
+    got = learner._next_values(alpha=2.0)
+    learner.noise.manual_seed(5)
+    rows = torch.as_tensor(np.random.default_rng(5).integers(learner.replay.filled, size=32))
+    requests, nodes = learner.replay.requests[rows], learner.replay.nodes[rows]
+    found = actor_log_probs(learner.shape, learner.actors, learner._observation(requests, nodes), learner.masks)
+    one_hot = torch.cat([straight_through(p, learner.noise) for p in found], dim=2)
+    entropy = torch.zeros(32)
+    for n in range(4):
+        for log_probs, action in zip(found, one_hot[n].split([16, 4, 16], dim=1), strict=True):  # type: ignore[no-untyped-call]
+            entropy += log_probs[n].gather(1, action.argmax(dim=1, keepdim=True))[:, 0]
+    state = critic_state(learner.critic_shape, learner.targets, requests, nodes, learner.links)
+    values = critic_values(learner.critic_shape, learner.targets, state, one_hot.transpose(0, 1))
+    wanted = torch.minimum(values[0], values[1]) - 2.0 * entropy[:, None]
+    np.testing.assert_allclose(got.detach().numpy(), wanted.detach().numpy(), atol=1e-4)
+
+
+def test_critics_learn_the_sub_rewards_and_targets_trail() -> None:
+    learner = SoftLearner(replace(SMALL, critic_lr=1e-3))
+    learner.collect(256)
+    before = {k: v.clone() for k, v in learner.targets.items()}
+    losses = [learner.update(2.0) for _ in range(25)]
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    name = "hidden0.weight"
+    moved = (learner.targets[name] - before[name]).norm()
+    assert 0 < moved < (learner.critics[name].detach() - before[name]).norm()
+
+
+def test_an_agents_update_is_seen_by_the_stacked_networks() -> None:
+    learner = SoftLearner(SMALL)
+    learner.collect(64)
+    before = learner.actors["head0.weight"].clone()
+    learner.update(2.0)
+    for n in range(4):
+        assert (learner.actors["head0.weight"][n] != before[n]).any()
+        np.testing.assert_array_equal(
+            learner.leaves[n]["head0.weight"][0].detach().numpy(), learner.actors["head0.weight"][n].numpy()
+        )
+
+
+def test_hasac_is_hisper_without_its_two_additions() -> None:
+    learner = SoftLearner(hasac_settings(SMALL))
+    assert learner.critics["out.weight"].shape[2] == 1
+    assert not any(name.startswith("cell") for name in learner.actors)
+    learner.collect(64)
+    assert np.isfinite(learner.update(2.0))
+
+
+@pytest.mark.slow
+def test_happo_gains_from_a_few_iterations() -> None:
+    learner = HappoLearner(replace(SMALL, minibatch=128, actor_lr=2e-3, autoregressive=False, hra=False))
+    held_out = draw_slots(learner.network, learner.settings.load(), 300, np.random.default_rng(9))
+    score = [
+        float(
+            learner.network.evaluate(
+                held_out, learner._policy().decide(held_out, np.random.default_rng(0))
+            ).reward.mean()
+        )
+    ]
+    for _ in range(8):
+        learner.iterate()
+    after = learner._policy().decide(held_out, np.random.default_rng(0))
+    assert float(learner.network.evaluate(held_out, after).reward.mean()) > before + 10.0
+
+
+def test_an_untrained_guided_actor_is_the_rule_that_it_starts_from() -> None:
+    slots = draw_slots(NETWORK, Load(per_service=2), 40, np.random.default_rng(3))
+    rng = np.random.default_rng(0)
+    blind, sequential = GuidedTrainer(GUIDED), GuidedTrainer(replace(GUIDED, sequential=True, shared=True))
+    assert (blind._policy().decide(slots, rng) == Heuristic(NETWORK).decide(slots, rng)).all()
+    assert (sequential._policy().decide(slots, rng) == Sequential(NETWORK).decide(slots, rng)).all()
+    owned = GuidedTrainer(replace(GUIDED, start="convention"))
+    convention = Convention(NETWORK, Load(per_service=2), 0, swaps=4000, slots=1000)
+    same = (owned._policy().decide(slots, rng) == convention.decide(slots, rng)).all(axis=2)
+    assert same.mean() > 0.9  # another agent's node is taken only where it is worth much more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequential", [False, True])
+def test_guided_training_improves_on_its_start(sequential: bool) -> None:
+    settings = replace(
+        GUIDED, sequential=sequential, shared=sequential, minibatch=64, actor_lr=1e-3, per_service=3,
+        temperature=0.02, temperature_end=0.02,
+    )  # fmt: skip
+    trainer = GuidedTrainer(settings)
+    held_out = draw_slots(NETWORK, settings.load(), 200, np.random.default_rng(9))
+    rewards = []
+    for _ in range(2):
+        placements = trainer._policy().decide(held_out, np.random.default_rng(0))
+        rewards.append(float(NETWORK.evaluate(held_out, placements).reward.mean()))
+        for _ in range(100 if sequential else 12):
+            trainer.update(0.0)
+    assert rewards[1] > rewards[0]
+
+
+@pytest.mark.parametrize("settings", [SMALL, replace(SMALL, algorithm="happo", minibatch=10), GUIDED])
+def test_runs_write_artifacts_that_load_and_decide(settings: Settings, tmp_path: Path) -> None:
+    train(settings, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] >= settings.steps
+    artifact = load_artifact(tmp_path / "actors", NETWORK)
+    policy = LearnedPolicy("x", NETWORK, artifact, settings.sequential)
+    slots = draw_slots(NETWORK, settings.load(), 5, np.random.default_rng(0))
+    one_by_one = np.concatenate(
+        [policy.decide(slots.take(slice(e, e + 1)), np.random.default_rng(0)) for e in range(5)]
+    )
+    assert (one_by_one == policy.decide(slots, np.random.default_rng(0))).all()
+    with pytest.raises(ArtifactError, match="trained for 2 requests per service"):
+        policy.decide(draw_slots(NETWORK, Load(per_service=3), 1, np.random.default_rng(0)), np.random.default_rng(0))
+
+
+def test_resuming_goes_on_where_the_run_stopped(tmp_path: Path) -> None:
+    whole = GuidedTrainer(GUIDED)
+    whole.run(Run(GUIDED, tmp_path / "whole"))
+    first = GuidedTrainer(replace(GUIDED, steps=32))
+    first.run(Run(replace(GUIDED, steps=32), tmp_path / "parts"))
+    second = GuidedTrainer(GUIDED)
+    second.run(Run(GUIDED, tmp_path / "parts"), resume=True)
+    rows = [json.loads(line) for line in (tmp_path / "parts" / "curve.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 32, 32, 64]
+    assert rows[1]["reward"] == rows[2]["reward"]
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        GuidedTrainer(GUIDED).run(Run(GUIDED, tmp_path / "none"), resume=True)
+
+
+def test_soft_checkpoints_hold_networks_and_optimisers(tmp_path: Path) -> None:
+    learner = SoftLearner(SMALL)
+    learner.collect(64)
+    learner.update(2.0)
+    run = Run(SMALL, tmp_path)
+    run.save_checkpoint(40, learner._state())
+    step, saved = run.load_checkpoint()
+    other = SoftLearner(replace(SMALL, seed=3))
+    other._restore(saved)
+    assert (step, other.updates) == (40, 1)
+    for name, tensor in learner._state().items():
+        np.testing.assert_array_equal(tensor.detach().numpy(), other._state()[name].detach().numpy())
+
+
+def test_an_artifact_for_another_layout_or_service_is_refused(tmp_path: Path) -> None:
+    train(replace(GUIDED, steps=16), tmp_path)
+    path = tmp_path / "actors.json"
+    text = json.loads(path.read_text())
+    path.write_text(json.dumps({**text, "layout": {"name": "derived", "hash": "0"}}))
+    with pytest.raises(ArtifactError, match="layout"):
+        load_artifact(tmp_path / "actors", NETWORK)
+    path.write_text(json.dumps({**text, "services": ["ocr", "tracking"]}))
+    with pytest.raises(ArtifactError, match="services"):
+        load_artifact(tmp_path / "actors", NETWORK)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        load_artifact(tmp_path / "missing", NETWORK)
+
+
+def test_presets_and_overrides() -> None:
+    paper = preset("hisper-paper")
+    assert (paper.alpha, paper.environments, paper.prefill, paper.steps) == (2.0, 20, 90_000, 600_000)
+    assert (paper.actor_lr, paper.critic_lr) == (2e-4, 5e-4)
+    assert preset("hisper-paper-10").alpha == 2.5
+    assert {s.algorithm for s in PRESETS.values()} == {"hisper", "hasac", "happo", "guided"}
+    assert with_overrides(paper, {"hra": "false", "steps": "10"}) == replace(paper, hra=False, steps=10)
+    for wrong, says in (({"stepz": "1"}, "unknown"), ({"steps": "many"}, "type int"), ({"steps": "0"}, "at least 1")):
+        with pytest.raises(ValueError, match=says):
+            with_overrides(paper, wrong)
+    with pytest.raises(ValueError, match="unknown; use one of"):
+        preset("sarsa")
