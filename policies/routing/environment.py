@@ -1,8 +1,7 @@
 """The slotted decision process over the simulator: tables in, feature vectors and rewards out, many environments.
 
-The reward of a slot is Eq. 2 of Tan. `arrival_baseline` subtracts a constant times the arrivals of the slot: no
-policy can change the arrivals, so every policy's objective moves by the same amount and the best stays the best,
-but the noise of when bursts come and how long they last leaves the reward.
+The reward of a slot is Eq. 2 of Tan. `exogenous` gives what happened to the slot that no policy can change (arrivals
+and phases), so that training can take its share out of the reward's noise.
 """
 
 from typing import Any
@@ -81,7 +80,6 @@ class SlotEnvironments:
         batching: bool = False,
         observable: bool = False,
         slot_s: float = 1.0,
-        arrival_baseline: float = 0.0,
         threads: int = 1,
     ) -> None:
         self.system, self.state = build(service, arrivals, environments, seed, batching=batching)
@@ -93,7 +91,7 @@ class SlotEnvironments:
         )
         self.slot_s = slot_s
         self.slots = 0
-        self._baseline = arrival_baseline
+        self._arrived = np.zeros((environments, arrivals.phases))
         self._threads = threads
         self._ages = np.zeros(AGES)
         self._elapsed_s = np.array(self.layout.elapsed_s)
@@ -117,16 +115,27 @@ class SlotEnvironments:
     def step(
         self, probabilities: FloatArray, minimum: IntArray | None = None, maximum: IntArray | None = None
     ) -> FloatArray:
-        """One slot; returns the rewards float64[E] of Eq. 2, less the arrival baseline."""
+        """One slot; returns the rewards float64[E] of Eq. 2."""
         state = self.state
         self.slots += 1
         state.clock[:, REWARD] = 0.0
-        before = state.count[:, :, ARRIVED].sum(axis=1) if self._baseline else 0.0
+        before = state.count[:, :, ARRIVED].copy()
         run_tables(self.system, state, probabilities, self.slots * self.slot_s, minimum, maximum, self._threads)
-        reward = state.clock[:, REWARD].copy()
-        if self._baseline:
-            reward -= self._baseline * (state.count[:, :, ARRIVED].sum(axis=1) - before)
-        return reward
+        self._arrived = state.count[:, :, ARRIVED] - before
+        return state.clock[:, REWARD].copy()
+
+    def exogenous(self) -> FloatArray:
+        """What the last slot met, whatever the policy: float64[E, 9 m] for m phases.
+
+        The arrivals per phase; then, one-hot by the phase at its end and by how long that phase had lasted (under
+        1, 2, 3 slots or longer), a constant and the arrivals.
+        """
+        state, m = self.state, self._arrived.shape[1]
+        age = (self.slots * self.slot_s - state.clock[:, SINCE_S]) / self.slot_s
+        bucket = state.index[:, PHASE] * 4 + np.clip(age, 0, 3).astype(np.int64)
+        hot = np.zeros((self.environments, 4 * m))
+        hot[np.arange(self.environments), bucket] = 1.0
+        return np.hstack([self._arrived, hot, hot * self._arrived.sum(axis=1, keepdims=True)])
 
     def take_counts(self) -> FloatArray:
         """Counters float64[phases, COUNTERS] summed over environments since the last call; they start again at 0."""

@@ -69,6 +69,19 @@ def advantages(
     return out
 
 
+def without_input(reward: NDArray[np.float32], given: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The rewards [T, E] less what the exogenous input [T, E, K] explains of them by least squares.
+
+    What no policy can change can be taken out of the reward without moving any policy's rank: each loses the same.
+    The best policy stays the best, but the noise of when bursts come and how long they last is gone.
+    """
+    x = given.reshape(-1, given.shape[-1])
+    normal = x.T @ x
+    normal[np.diag_indices_from(normal)] += 1e-6 * len(x)
+    weights = np.linalg.solve(normal, x.T @ reward.reshape(-1).astype(np.float64))
+    return np.asarray(reward - given @ weights, dtype=np.float32)
+
+
 class Trainer:
     """A training run: `run` to the end, `save` and `load` in between; the same seed repeats it bit for bit."""
 
@@ -77,9 +90,7 @@ class Trainer:
         torch.set_num_threads(threads)
         self.task, self.preset, self.seed, self.threads = task, preset, seed, threads
         kinds = task.service.kinds
-        gain = task.service.reward_accuracy or tuple(k.accuracy for k in kinds)
-        baseline = task.service.beta * min(gain) if preset.arrival_baseline else 0.0
-        self.environments = self._environments(preset.environments, seed, baseline)
+        self.environments = self._environments(preset.environments, seed)
         self.layout = self.environments.layout
         self.variants = max(k.rank for k in kinds) + 1 if task.batching else 0
         self.network = Scheduler(self.layout.size, len(kinds), self.variants, len(PAIRS) if self.variants else 0)
@@ -91,9 +102,9 @@ class Trainer:
         self.noise = torch.Generator().manual_seed(seed + 1)
         self.update = 0
         self.value_mean, self.value_scale = 0.0, 0.0
-        self._examined = self._environments(200, seed + 2, 0.0)
+        self._examined = self._environments(200, seed + 2)
 
-    def _environments(self, count: int, seed: int, baseline: float) -> SlotEnvironments:
+    def _environments(self, count: int, seed: int) -> SlotEnvironments:
         return SlotEnvironments(
             self.task.service,
             self.task.arrivals,
@@ -102,7 +113,6 @@ class Trainer:
             batching=self.task.batching,
             observable=self.task.observable,
             slot_s=self.task.slot_s,
-            arrival_baseline=baseline,
             threads=self.threads,
         )
 
@@ -129,15 +139,20 @@ class Trainer:
         log_y = torch.zeros((steps, e, n))
         pairs = torch.zeros((steps, e, self.variants), dtype=torch.int64)
         reward = np.zeros((steps, e), dtype=np.float32)
+        given = np.zeros((steps, e, 9 * self.task.arrivals.phases))
         with torch.no_grad():
             for t in range(steps):
                 self.environments.observe(seen[t])
                 log_y[t], pairs[t] = self._act(torch.from_numpy(seen[t]), p.sigma)
                 reward[t] = self._step(self.environments, log_y[t], pairs[t])
+                given[t] = self.environments.exogenous()
             self.environments.observe(seen[steps])
             observed = torch.from_numpy(seen)
             value = self._values(observed)
             old = self._log_prob(observed[:-1].flatten(0, 1), log_y.flatten(0, 1), pairs.flatten(0, 1))
+        mean_reward = float(reward.mean())
+        if p.input_baseline:
+            reward = without_input(reward, given)
         self._rescale(reward, value)
         advantage = advantages(reward, value, p.gamma, p.gae_lambda)
         target = torch.from_numpy((advantage + value[:-1] - self.value_mean) / self.value_scale).flatten()
@@ -146,7 +161,7 @@ class Trainer:
             torch.from_numpy(advantage).flatten(), target,
         )  # fmt: skip
         self.update += 1
-        return float(reward.mean())
+        return mean_reward
 
     def _act(self, observation: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities [E, n] and batch choices [E, variants]; sigma = 0 gives the most likely ones."""

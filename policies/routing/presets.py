@@ -3,8 +3,9 @@
 What differs from the paper, in both presets, and why (papers/README.md: the objective is nearly flat there):
 - `heavy_start`: the untrained policy leans to the heavy instances instead of sharing equally; the start decides
   which basin is reached, and no other setting moves.
-- `arrival_baseline`: g of the light variant times the slot's arrivals is subtracted from Eq. 2's reward. Arrivals do
-  not depend on the policy, so the objective only moves by a constant, but most of the reward's noise goes.
+- `input_baseline`: what arrivals and phases alone explain of a slot's reward (least squares, per update) is
+  subtracted from it. No policy can change them, so the objective keeps its order of policies, but most of the noise
+  goes: from a heavy start a burst costs 200 a slot, and when it ends is chance.
 - advantages are normalised per minibatch, returns are rescaled as they are learned, and the learning rate
   falls linearly to a tenth ("initial learning rate" in the paper says no more).
 - one long trajectory is many shorter ones side by side: `environments` of them, T slots an update all told.
@@ -44,7 +45,7 @@ class Preset:
     clip: float = 0.2
     sigma: float = 0.698
     heavy_start: float = 0.97
-    arrival_baseline: bool = True
+    input_baseline: bool = True
     entropy: float = 0.0
 
     def __post_init__(self) -> None:
