@@ -2,7 +2,7 @@
 
 import typer
 
-from tidegate import demo_command, models_commands, replay_commands, up_command
+from tidegate import bench_commands, demo_command, models_commands, replay_commands, up_command
 
 app = typer.Typer(
     help="An edge inference server that keeps its latency promise through bursts by choosing which model answers.",
@@ -22,6 +22,7 @@ app.command("demo")(demo_command.demo)
 app.command("replay")(replay_commands.replay)
 app.command("compare")(replay_commands.compare)
 app.add_typer(models_commands.app, name="models")
+app.add_typer(bench_commands.app, name="bench")
 
 if __name__ == "__main__":
     app()

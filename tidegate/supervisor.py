@@ -28,6 +28,7 @@ import msgspec
 from protocol.board import BOARD_ERRORS, Board
 from protocol.deployment import DeploymentFile
 from protocol.records import Deployment
+from tidegate.check import refuse_unknown
 
 log = logging.getLogger("tidegate.supervisor")
 
@@ -162,6 +163,7 @@ class Supervisor:
         return [*([self._board] if self._board else []), *self.workers, *self.schedulers, *self.gateways]
 
     async def __aenter__(self) -> Self:
+        refuse_unknown(self.file)
         _refuse_taken_port(self.file.gateway.host, self.file.gateway.port)
         self.folder = Path(tempfile.mkdtemp(prefix="tidegate-"))
         try:

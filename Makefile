@@ -1,0 +1,58 @@
+# make demo   the main job: serve digit images through bursts with four routers, compare, write report.html
+# make test   all tests            make check   format, lint, types, import rules, tests
+# make train-env  what training needs, too          make clean   forget the environment
+#
+# Everything lives in .venv here. PYTHON=... chooses another interpreter (3.11 or newer), EXTRA_PIP="..." adds pip flags.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+RUNTIME := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(EXTRA_PIP)
+SYSTEM_PACKAGES := redis-server docker-compose prometheus chromium
+
+.PHONY: demo test check lint train-env system-packages clean
+
+demo: .venv/.ready-demo
+	$(BIN)/tidegate demo
+
+test: .venv/.ready-test system-packages
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: lint
+	$(MAKE) test
+
+lint: .venv/.ready-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+train-env: .venv/.ready-test
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Tidegate needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
+	@echo "making .venv with $(PYTHON)"
+	@$(PYTHON) -m venv .venv
+
+.venv/.ready-demo: .venv/bin/python pyproject.toml
+	@echo "installing what the demo needs (about a minute the first time)"
+	@$(PIP) --editable '.[$(RUNTIME),demo]'
+	@touch $@
+
+.venv/.ready-test: .venv/bin/python pyproject.toml
+	@echo "installing what the tests need (a few minutes the first time)"
+	@$(PIP) torch==2.13.0
+	@$(PIP) --editable '.[$(RUNTIME),demo,train,place,edge,test,dev]'
+	@$(PIP) --no-deps torchvision==0.28.0 timm==1.0.31
+	@touch $@ .venv/.ready-demo
+
+# Real redis-server, docker-compose and others for the tests that need them; elsewhere those are skipped by name.
+system-packages:
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  missing=""; for p in $(SYSTEM_PACKAGES); do dpkg -s $$p >/dev/null 2>&1 || missing="$$missing $$p"; done; \
+	  if [ -n "$$missing" ]; then echo "installing$$missing for the tests"; \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing >/dev/null; fi; fi
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
