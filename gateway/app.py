@@ -1,8 +1,9 @@
 """The HTTP surface: FastAPI for people, documents and operators; the infer path beside it as raw ASGI.
 
-`TidegateApp` is what uvicorn calls. It hands ``/v1/{service}`` straight to `Gateway.infer` (a FastAPI endpoint costs
-two to four times as much per request) and everything else to FastAPI. The infer operation is declared in the OpenAPI
-document by hand; a test holds document and handler together. The only file that imports fastapi.
+`TidegateApp` is what uvicorn calls. It hands ``/v1/{service}`` straight to `Gateway.infer` and ``/v2`` to
+`OpenInference` (a FastAPI endpoint costs two to four times as much per request), and everything else to FastAPI. Raw
+operations are declared in the OpenAPI document by hand; a test holds document and handlers together. The only file
+that imports fastapi.
 """
 
 import hmac
@@ -18,6 +19,8 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from gateway.admission import ACCEPTED_TYPES, Receive, Scope, check_length, read_body
 from gateway.dispatch import ClientGone, Refused
 from gateway.handle import PREFIX, Gateway
+from gateway.oip import OpenInference
+from gateway.oip_document import OIP_PATHS
 from gateway.responses import Send
 from gateway.router import ROUTERS
 from protocol.board import BOARD_ERRORS
@@ -34,11 +37,14 @@ class TidegateApp:
     def __init__(self, gateway: Gateway) -> None:
         self.gateway = gateway
         self.api = build_api(gateway)
+        self._open_inference = OpenInference(gateway, VERSION)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry point."""
         if scope["type"] == "http" and scope["path"].startswith(PREFIX):
             await self.gateway.infer(scope, receive, send)
+        elif scope["type"] == "http" and f"{scope['path']}/".startswith("/v2/"):
+            await self._open_inference(scope, receive, send)
         else:
             await self.api(scope, receive, send)
 
@@ -64,7 +70,7 @@ def build_api(gateway: Gateway) -> FastAPI:
     @api.get("/readyz", summary="Can every service be answered now?", tags=["health"])
     async def readyz() -> JSONResponse:
         missing = gateway.fleet.missing()
-        reasons = [f"no instance of {name} is ready" for name in missing]
+        reasons = [f"no instance of {name} is ready" + gateway.fleet.failures(name) for name in missing]
         if gateway.fleet.deployment is None:
             reasons = ["no deployment is posted on the board"]
             if not gateway.fleet.board_seen:
@@ -121,6 +127,7 @@ def build_api(gateway: Gateway) -> FastAPI:
         if api.openapi_schema is None:
             document = get_openapi(title=api.title, version=api.version, routes=api.routes)
             document["paths"]["/v1/{service}"] = {"post": INFER_OPERATION}
+            document["paths"].update(OIP_PATHS)
             api.openapi_schema = document
         return api.openapi_schema
 

@@ -18,7 +18,7 @@ import msgspec
 from gateway.router import ServiceRouter
 from protocol.board import BOARD_ERRORS, Board
 from protocol.peer import Peer
-from protocol.records import Deployment, InstanceRecord, Table
+from protocol.records import Deployment, InstanceRecord, InstanceState, Table
 
 log = logging.getLogger("gateway.fleet")
 
@@ -62,6 +62,12 @@ class Fleet:
     def missing(self) -> list[str]:
         """Services of the deployment that nobody could answer now; all is well when this is empty."""
         return sorted(name for name, router in self.services.items() if router.routable == 0)
+
+    def failures(self, service: str) -> str:
+        """Why instances of the service failed to load, as an appendix to a sentence; empty if none did."""
+        records = [target.record for target in self.services[service].targets]
+        failed = [f"{one.id} failed: {one.reason}" for one in records if one.state is InstanceState.FAILED]
+        return f" ({'; '.join(failed)})" if failed else ""
 
     # from the board
 

@@ -15,11 +15,13 @@ instances = [{ variant = "digits_heavy" }]
 import re
 import tomllib
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
-from protocol.records import Deployment, ServiceSpec, WorkerSpec
+from protocol.records import Deployment, InstanceSpec, ServiceSpec, WorkerSpec
 
+T = TypeVar("T")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
@@ -71,10 +73,14 @@ def read_deployment(path: Path) -> DeploymentFile:
         raise DeploymentError(f"{path}: cannot be read ({error.strerror}): give a deployment file with -f") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DeploymentError(f"{path}: is not valid TOML: {error}") from error
+    services = content.get("services")
     try:
-        file = msgspec.convert(content, DeploymentFile)
-    except msgspec.ValidationError as error:
-        raise DeploymentError(f"{path}: {_explain(str(error), content)}") from error
+        # Each by itself first: for a dictionary's values msgspec does not say whose value it was.
+        for name, spec in services.items() if isinstance(services, dict) else ():
+            _convert(spec, ServiceSpec, f"services.{name}")
+        file = _convert(content, DeploymentFile, "")
+    except DeploymentError as error:
+        raise DeploymentError(f"{path}: {error}") from error
     fault = check_deployment(file.desired_state()) or _check_settings(file)
     if fault:
         raise DeploymentError(f"{path}: {fault}")
@@ -114,6 +120,8 @@ def check_deployment(deployment: Deployment) -> str:
         seen.add(worker.name)
         if worker.threads < 1:
             return f"{where}.threads = {worker.threads}: must be at least 1"
+        if worker.memory_mb is not None and not worker.memory_mb > 0:
+            return f"{where}.memory_mb = {worker.memory_mb}: must be above 0, or left out for no limit"
         for instance in worker.instances:
             if instance.variant not in served:
                 return f"{where}: variant {instance.variant!r} belongs to no service: list it in one's variants"
@@ -139,17 +147,35 @@ def _check_settings(file: DeploymentFile) -> str:
     return ""
 
 
-def _explain(message: str, content: object) -> str:
-    """Turns msgspec's "… - at `$.services[...].x`" into the key, its value and what is expected."""
-    text, _, at = message.partition(" - at `$")
-    path = at.rstrip("`").lstrip(".")
+_TABLES: dict[str, type[msgspec.Struct]] = {
+    "": DeploymentFile,
+    "services": ServiceSpec,
+    "workers": WorkerSpec,
+    "workers.instances": InstanceSpec,
+    "gateway": GatewaySettings,
+    "scheduler": SchedulerSettings,
+}
+"""What the tables of a file are, by the names on the way to them."""
+
+
+def _convert(content: object, type_: type[T], where: str) -> T:
+    """`content` as `type_`. Raises `DeploymentError` with the key below `where`, its value and what is expected."""
+    try:
+        return msgspec.convert(content, type_)
+    except msgspec.ValidationError as error:
+        text, _, at = str(error).partition(" - at `$")
     value = content
-    for part in re.findall(r"\[\d+\]|[^.\[\]]+", path):
+    for part in re.findall(r"\[\d+\]|[^.\[\]]+", at.rstrip("`")):
         if part.startswith("[") and isinstance(value, list):
             value = value[int(part[1:-1])]
-        elif isinstance(value, dict) and part in value:
-            value = value[part]
-        else:
-            return f"{path}: {text}" if path else text
-    shown = f" = {value!r}" if path and not isinstance(value, dict | list) else ""
-    return f"{path}{shown}: {text}" if path else text
+        elif isinstance(value, dict):
+            value = value.get(part)
+    key = (where + at.rstrip("`")).lstrip(".")
+    table = _TABLES.get(re.sub(r"\[\d+\]", "", "services" if where and where == key else key))
+    named = re.search(r"field `(.+)`$", text)
+    if named is None or table is None or not isinstance(value, dict):
+        raise DeploymentError(f"{key} = {value!r}: {text}")
+    field, name = f"{key}.{named[1]}".lstrip("."), named[1]
+    if name in value:
+        raise DeploymentError(f"{field} = {value[name]!r}: no such key; there are {', '.join(table.__struct_fields__)}")
+    raise DeploymentError(f"{field} is missing: add it")

@@ -26,7 +26,7 @@ from typing import Final, Self
 import msgspec
 
 from protocol.board import BOARD_ERRORS, Board
-from protocol.deployment import DeploymentFile
+from protocol.deployment import DeploymentError, DeploymentFile
 from protocol.records import Deployment
 from tidegate.check import refuse_unknown
 
@@ -271,6 +271,8 @@ async def _until_answered(board: Board, patience_s: float, otherwise: str) -> No
 
 
 def _refuse_taken_port(host: str, port: int) -> None:
+    if not 0 < port < 65_536:
+        raise DeploymentError(f"gateway.port = {port}: must be from 1 to 65535")
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -1,0 +1,25 @@
+"""What a deployment file names has to exist: routers in the gateway, variants in the catalog. Asked before any start."""
+
+from pathlib import Path
+
+from gateway.router import ROUTERS
+from models.catalog import VariantError, load_catalog
+from protocol.deployment import DeploymentError, DeploymentFile
+
+
+def refuse_unknown(file: DeploymentFile) -> None:
+    """Raises `DeploymentError`: the key, its value, and what there is."""
+    for name, spec in file.services.items():
+        if spec.router not in ROUTERS:
+            raise DeploymentError(f"services.{name}.router = {spec.router!r}: must be one of {', '.join(ROUTERS)}")
+    try:
+        known = load_catalog(tuple(Path(folder) for folder in file.catalog))
+    except VariantError as error:
+        raise DeploymentError(str(error)) from error
+    for worker in file.workers:
+        for instance in worker.instances:
+            if instance.variant not in known:
+                raise DeploymentError(
+                    f"workers {worker.name!r}: variant = {instance.variant!r} is not in the catalog:"
+                    f" it has {', '.join(sorted(known))}; others need a TOML entry in a folder of catalog = [...]"
+                )
