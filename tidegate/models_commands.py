@@ -92,6 +92,32 @@ def profile(
     _notes.print(f"written: {out}")
 
 
+@app.command()
+def export(
+    name: Annotated[str, typer.Argument(help="efficientnet_b0, pnasnet5large or pnasnet5large_224.")],
+    weights: Annotated[str, typer.Option(help="timm (downloads), random, or a state dict's path.")] = "timm",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The model repository.")] = Path("model_repository"),
+    seed: Annotated[int, typer.Option(help="For random weights.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Export a timm model to ONNX with a catalog entry beside it, and check it against torch.
+
+    Example: tidegate models export efficientnet_b0 && tidegate models list --catalog model_repository
+    """
+    try:
+        from models.export import export as export_model  # torch and timm: for this command only
+    except ImportError as error:
+        _notes.print(f'error: {error.name} is missing: pip install -e ".[train]"', style="red", markup=False)
+        raise typer.Exit(2) from error
+
+    with _explained(), _notes.status("starting") as status:
+        variant = export_model(name, out, weights=weights, seed=seed, on_step=status.update)
+    if as_json:
+        print(msgspec.json.encode(_summary(variant) | {"path": variant.path}).decode())
+        return
+    _notes.print(f"written: {variant.path}; serve it with --catalog {out}", soft_wrap=True, highlight=False)
+
+
 def _profile_rows(found: Profile) -> list[dict[str, object]]:
     return [
         {

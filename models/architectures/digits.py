@@ -14,7 +14,7 @@ CLASSES = 10
 class DigitsLight(nn.Module):
     """`depth` plain 3x3 convolutions at full resolution, then the average over the picture."""
 
-    def __init__(self, width: int = 16, depth: int = 3) -> None:
+    def __init__(self, width: int = 40, depth: int = 4) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for index in range(depth):
