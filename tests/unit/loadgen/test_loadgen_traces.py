@@ -128,6 +128,8 @@ def test_repeated_requests_stay_before_the_next_one() -> None:
     assert tripled.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert tripled.arrivals.time_s[0] == 1.0
     assert tripled.arrivals.time_s[3] == 5.0
+    assert 1.0 < tripled.arrivals.time_s[1] < tripled.arrivals.time_s[2] < 5.0
+    assert 5.0 < tripled.arrivals.time_s[4] < tripled.arrivals.time_s[5] < 6.0
 
 
 def test_cutting_states_the_end() -> None:

@@ -149,6 +149,12 @@ def test_matrices_that_describe_no_process_are_refused(
         MarkovianArrivalProcess(d0, d1)
 
 
+def test_phases_may_be_reached_by_way_of_others() -> None:
+    ring = np.roll(np.eye(4), 1, axis=1)  # each phase leads to the next only
+    process = MarkovianArrivalProcess(-2.0 * np.eye(4) + ring, np.eye(4))
+    assert process.stationary() == pytest.approx(np.full(4, 0.25))
+
+
 def test_the_misprinted_matrix_of_the_paper_is_refused() -> None:
     with pytest.raises(ValueError, match="row 1"):
         MarkovianArrivalProcess([[-180.036, 0.036], [0.0002, -10.002]], [[180.0, 0.0], [0.0, 10.0]])
