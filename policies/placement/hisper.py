@@ -83,8 +83,10 @@ class SoftLearner:
         self.targets = {k: v.clone() for k, v in self.critics.items()}
         for tensor in self.critics.values():
             tensor.requires_grad_(True)
-        self.actor_optimisers = [torch.optim.Adam(list(leaf.values()), lr=settings.actor_lr) for leaf in self.leaves]
-        self.critic_optimiser = torch.optim.Adam(list(self.critics.values()), lr=settings.critic_lr)
+        self.actor_optimisers = [
+            torch.optim.Adam(list(leaf.values()), lr=settings.actor_lr, fused=True) for leaf in self.leaves
+        ]
+        self.critic_optimiser = torch.optim.Adam(list(self.critics.values()), lr=settings.critic_lr, fused=True)
         self.masks = cast(tuple[Tensor, Tensor, Tensor], action_masks(self.network, self.services, self.device))
         self.noise = torch.Generator(device=self.device).manual_seed(settings.seed + 1)
         self.rng = np.random.default_rng([settings.seed, 1])
@@ -173,7 +175,8 @@ class SoftLearner:
             log_prob = torch.stack([(a * p).sum(dim=2) for a, p in zip(actions, found, strict=True)]).sum(dim=0)[0]
             mixed = joint.clone()
             mixed[:, n] = torch.cat(actions, dim=2)[0]
-            values = critic_values(self.critic_shape, frozen, state, mixed)
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.settings.bfloat16):
+                values = critic_values(self.critic_shape, frozen, state, mixed).float()
             loss = (alpha * log_prob - values.min(dim=0).values.sum(dim=1)).mean()
             self.actor_optimisers[n].zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

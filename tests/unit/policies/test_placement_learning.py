@@ -190,13 +190,8 @@ def test_hasac_is_hisper_without_its_two_additions() -> None:
 def test_happo_gains_from_a_few_iterations() -> None:
     learner = HappoLearner(replace(SMALL, minibatch=128, actor_lr=2e-3, autoregressive=False, hra=False))
     held_out = draw_slots(learner.network, learner.settings.load(), 300, np.random.default_rng(9))
-    score = [
-        float(
-            learner.network.evaluate(
-                held_out, learner._policy().decide(held_out, np.random.default_rng(0))
-            ).reward.mean()
-        )
-    ]
+    placements = learner._policy().decide(held_out, np.random.default_rng(0))
+    before = float(learner.network.evaluate(held_out, placements).reward.mean())
     for _ in range(8):
         learner.iterate()
     after = learner._policy().decide(held_out, np.random.default_rng(0))
