@@ -24,7 +24,9 @@ log = logging.getLogger("gateway.fleet")
 
 READ_AGAIN_S: Final = 1.0
 FORGET_AFTER_S: Final = 5.0
-"""An instance that is off the board but still connected is kept this long: the board may have lost its memory."""
+"""An instance that is off the board but still connected is kept this long: the board may have lost its memory.
+
+One that had said that it was draining has ended in order, and is forgotten at once."""
 
 
 class Fleet:
@@ -119,8 +121,10 @@ class Fleet:
             self._records[record.id] = record
             self._seen_s[record.id] = now_s
         for one, seen_s in list(self._seen_s.items()):
-            peer = self.peers.get(self._records[one].address)
-            if now_s - seen_s > (FORGET_AFTER_S if peer is not None and peer.up else 0.0):
+            record = self._records[one]
+            peer = self.peers.get(record.address)
+            alive = peer is not None and peer.up and record.state is not InstanceState.DRAINING
+            if now_s - seen_s > (FORGET_AFTER_S if alive else 0.0):
                 del self._records[one], self._seen_s[one]
         await self._keep_links({record.address for record in self._records.values()})
         self._spread()
