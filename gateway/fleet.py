@@ -23,6 +23,8 @@ from protocol.records import Deployment, InstanceRecord, InstanceState, Table
 log = logging.getLogger("gateway.fleet")
 
 READ_AGAIN_S: Final = 1.0
+PHASES: Final = {b"bursty": 0, b"normal": 1}
+"""The header X-Tidegate-Phase, in the order of Tan's Eq. 12."""
 FORGET_AFTER_S: Final = 5.0
 """An instance that is off the board but still connected is kept this long: the board may have lost its memory.
 
@@ -43,6 +45,8 @@ class Fleet:
         self._seen_s: dict[str, float] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loops: list[asyncio.Task[None]] = []
+        self._phases: dict[str, int] = {}
+        self._posting: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         self._loops = [
@@ -54,7 +58,7 @@ class Fleet:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [*self._loops, *self._tasks.values()]
+        tasks = [*self._loops, *self._tasks.values(), *self._posting]
         for task in tasks:
             task.cancel()
         for task in tasks:
@@ -70,6 +74,19 @@ class Fleet:
         records = [target.record for target in self.services[service].targets]
         failed = [f"{one.id} failed: {one.reason}" for one in records if one.state is InstanceState.FAILED]
         return f" ({'; '.join(failed)})" if failed else ""
+
+    def report_phase(self, service: str, phase: bytes) -> None:
+        """An experiment's load generator says which phase its workload is in; a change goes to the board."""
+        number = PHASES.get(phase)
+        if number is not None and self._phases.get(service) != number:
+            self._phases[service] = number
+            task = asyncio.create_task(self._post_phase(service, number), name=f"phase of {service}")
+            self._posting.add(task)
+            task.add_done_callback(self._posting.discard)
+
+    async def _post_phase(self, service: str, number: int) -> None:
+        with contextlib.suppress(*BOARD_ERRORS):
+            await self.board.put_phase(service, number)
 
     # from the board
 

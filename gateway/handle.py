@@ -73,6 +73,8 @@ class ImageCall:
         self._body_timeout_s = gateway.config.body_timeout_s
         self.router = gateway.fleet.services.get(scope["path"][len(PREFIX) :])
         self.id = request_id(self._headers)
+        if self.router is not None and self.router.wants_phase:
+            gateway.fleet.report_phase(self.router.name, self._headers.get(b"x-tidegate-phase", b""))
 
     async def admit(self, receive: Receive, arrived_s: float) -> Request:
         """See `admission.admit`."""

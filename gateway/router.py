@@ -19,6 +19,8 @@ from policies.routing.estimation import arrive, depart, learn_margin, learn_serv
 from policies.routing.rules import RULES
 from protocol.records import InstanceRecord, ServiceSpec, Table
 
+PHASE_ROUTERS: Final = frozenset({"stationary", "learned-fo", "learned-fo-batch"})
+"""Routers that must be told the workload's hidden phase: live, only an experiment's load generator can."""
 TABLE_ROUTERS: Final = frozenset(
     {"threshold", "stationary", "infaas", "learned-po", "learned-fo", "learned-po-batch", "learned-fo-batch"}
 )
@@ -83,6 +85,7 @@ class ServiceRouter:
         self._table_ends_s = 0.0
         self.spec = spec
         self.uses_tables = False
+        self.wants_phase = False
         self.bounces = False
         self.expires = False
         self._rule: Rule = RULES["deadline"]
@@ -96,6 +99,7 @@ class ServiceRouter:
             self.margin = new_margin(1.0 - spec.percentile)
         self.spec = spec
         self.uses_tables = spec.router in TABLE_ROUTERS
+        self.wants_phase = spec.router in PHASE_ROUTERS
         self.expires = spec.expire or spec.router == "heavy-expire"
         self.bounces = spec.router == "deadline"
         self._rule = RULES["deadline" if self.uses_tables else spec.router]

@@ -108,9 +108,12 @@ class Board:
 
     @_cancellable
     async def put_deployment(self, deployment: Deployment) -> Deployment:
-        """Replaces the desired state; gives it back with the version that it got."""
+        """Replaces the desired state; gives it back with the version that it got.
+
+        That is above the one it came with, also on a board that has lost its memory: else no reader would take it.
+        """
         version = int(await self._redis.incr("version:deployment"))
-        numbered = msgspec.structs.replace(deployment, version=max(version, deployment.version))
+        numbered = msgspec.structs.replace(deployment, version=max(version, deployment.version + 1))
         pipeline = self._redis.pipeline(transaction=True)
         pipeline.set("deployment", _json(numbered))
         pipeline.set("version:deployment", numbered.version)

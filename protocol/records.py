@@ -121,7 +121,11 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A service as the operator states it. `variants` run from the heaviest to the lightest."""
+    """A service as the operator states it. `variants` run from the heaviest to the lightest.
+
+    `policy_file`: a trained policy instead of the shipped one, for routers named learned-…; `phase_rates`: requests/s
+    in each phase of the workload, which only the router `stationary` has to be told.
+    """
 
     variants: tuple[str, ...]
     requirement_ms: float
@@ -131,6 +135,8 @@ class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     on_late: str = "serve"
     max_body_bytes: int = 16 << 20
     top_k: int = 5
+    policy_file: str = ""
+    phase_rates: tuple[float, ...] = ()
 
 
 class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -162,6 +168,19 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     services: dict[str, ServiceSpec]
     workers: tuple[WorkerSpec, ...]
     version: int = 0
+
+    def instance_ids(self, service: str) -> dict[str, str]:
+        """Desired instances of a service: id -> variant. Ids are worker/variant, a second one worker/variant#2."""
+        variants = self.services[service].variants if service in self.services else ()
+        ids: dict[str, str] = {}
+        for worker in self.workers:
+            seen: dict[str, int] = {}
+            for instance in worker.instances:
+                number = seen[instance.variant] = seen.get(instance.variant, 0) + 1
+                if instance.variant in variants:
+                    suffix = f"#{number}" if number > 1 else ""
+                    ids[f"{worker.name}/{instance.variant}{suffix}"] = instance.variant
+        return ids
 
 
 class Table(msgspec.Struct, frozen=True, kw_only=True):

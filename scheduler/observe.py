@@ -42,6 +42,7 @@ class Observer:
         self.changed = asyncio.Event()
         self._timeout_s = timeout_s
         self._records: dict[str, InstanceRecord] = {}
+        self._known: dict[str, InstanceRecord] = {}
         self._phases: dict[str, int] = {}
         self._peers: dict[str, Peer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -65,39 +66,49 @@ class Observer:
                 await task
 
     async def observe(self, service: str, spec: ServiceSpec) -> Seen:
-        """Asks every worker of the service for its status, all at once, and waits at most the timeout."""
-        records = sorted((one for one in self._records.values() if one.service == service), key=lambda one: one.id)
+        """Asks every worker of the service for its status, all at once, and waits at most the timeout.
+
+        Instances that are desired but absent are there too, as not ready: a policy that was trained for the whole
+        set keeps its layout while one of them is dead (masking, Tan section 6.3).
+        """
+        desired = self.deployment.instance_ids(service) if self.deployment is not None else {}
         order = {variant: rank for rank, variant in enumerate(spec.variants)}
-        records = [record for record in records if record.variant in order]
-        addresses = {record.address for record in records}
+        live = {one.id: one for one in self._records.values() if one.service == service and one.variant in order}
+        self._known.update(live)
+        ids = sorted(desired.keys() | live.keys())
+        addresses = {record.address for record in live.values()}
         answers = await asyncio.gather(*(self._ask(address) for address in addresses))
         statuses = {status.instance: status for answer in answers if answer for status in answer.instances}
         draining = {answer.worker for answer in answers if answer and answer.draining}
-        ready = [
-            record.state is InstanceState.READY and record.id in statuses and record.worker not in draining
-            for record in records
-        ]
-        each = [statuses.get(record.id, Status(record.id)) for record in records]
+        each = [statuses.get(one, Status(one)) for one in ids]
         return Seen(
-            instances=tuple(record.id for record in records),
-            kinds=tuple(
-                InstanceKind(
-                    variant=record.variant,
-                    rank=order[record.variant],
-                    service_s=record.service_s or _UNKNOWN_SERVICE_S,
-                    accuracy=record.accuracy or 0.0,
-                    capacity=record.capacity,
-                )
-                for record in records
-            ),
+            instances=tuple(ids),
+            kinds=tuple(self._kind(one, desired.get(one, ""), order) for one in ids),
             observation=observation_of(
                 length=[status.length for status in each],
                 elapsed_s=[status.elapsed_s for status in each],
                 ages_s=[status.ages_s for status in each],
                 in_service=[status.batch for status in each],
-                ready=ready,
+                ready=[
+                    one in live
+                    and live[one].state is InstanceState.READY
+                    and one in statuses
+                    and live[one].worker not in draining
+                    for one in ids
+                ],
                 phase=self._phases.get(service, -1),
             ),
+        )
+
+    def _kind(self, one: str, desired_variant: str, order: dict[str, int]) -> InstanceKind:
+        record = self._known.get(one)
+        variant = record.variant if record is not None else desired_variant
+        return InstanceKind(
+            variant=variant,
+            rank=order[variant],
+            service_s=(record.service_s if record is not None else 0.0) or _UNKNOWN_SERVICE_S,
+            accuracy=(record.accuracy if record is not None else None) or 0.0,
+            capacity=record.capacity if record is not None else 15,
         )
 
     async def _ask(self, address: str) -> WorkerStatus | None:

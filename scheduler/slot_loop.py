@@ -60,7 +60,7 @@ class SlotLoop:
         self._leading = leading
         self._rng = np.random.default_rng(config.seed)
         self._policy: SlotPolicy | None = None
-        self._policy_for: tuple[str, tuple[InstanceKind, ...]] | None = None
+        self._policy_for: tuple[ServiceSpec, tuple[str, ...], tuple[str, ...]] | None = None
         self._slot = 0
         self._published = 0
         self._failed = 0
@@ -119,11 +119,12 @@ class SlotLoop:
         )
 
     def _policy_of(self, spec: ServiceSpec, seen: Seen) -> SlotPolicy | None:
-        """The policy for the service's router and present set of instances; made anew when either changes."""
-        wanted = (spec.router, seen.kinds)
+        """The policy for the service's settings and present set of instances; made anew when either changes."""
+        wanted = (spec, seen.instances, tuple(kind.variant for kind in seen.kinds))
         if self._policy_for != wanted:
-            self._policy = self._make_policy(spec.router, seen.kinds, spec, self._config.slot_s) if seen.kinds else None
-            self._policy_for = wanted
+            self._policy, self._policy_for = None, wanted
+            if seen.kinds:
+                self._policy = self._make_policy(spec.router, seen.kinds, spec, self._config.slot_s)
         return self._policy
 
     def statistics(self) -> SlotStatistics:
