@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from policies.placement.actors import ArtifactError
+from policies.placement.actors import PRETRAINED, ArtifactError
 from policies.placement.edge_network import EdgeNetwork, PlacementError
 from policies.placement.evaluate import ALL, Optima, build_policy, evaluate_policy, evaluation_slots
 from policies.placement.graph import GraphError, named_graph
@@ -218,3 +218,48 @@ def bench(
         typer.echo(f"environment, {count} at once, {agents} agents: {speed:,.0f} slots/s (drawn, decided and scored)")
     for name, times in figures["decide_ms"].items():
         typer.echo(f"{name:<20} {times['p50']:8.2f} ms median {times['p99']:8.2f} ms p99 {times['max']:8.2f} ms max")
+
+
+@app.command()
+def figures(
+    results: Annotated[Path, typer.Argument(help="a file that `evaluate --json` wrote")],
+    out: Annotated[Path, typer.Option(help="folder for the page and its plotly.min.js")] = Path("results/figures"),
+    artifacts: Annotated[Path, typer.Option(help="artifacts whose training curves are drawn")] = PRETRAINED
+    / "placement",
+) -> None:
+    """Draw Huang's Figs. 7 to 10 (training curves, failures, execution time, per-agent sub-rewards) as a page."""
+    from tidegate.placement_figures import write_figures
+
+    try:
+        text = json.loads(results.read_text())
+        path = write_figures(text["results"], int(text["setting"]["agents"]), artifacts, out)
+    except (OSError, ValueError, KeyError) as error:
+        raise _fail(ValueError(f"{results}: not what `tidegate placement evaluate --json` writes: {error}")) from error
+    typer.echo(str(path))
+
+
+@app.command()
+def show(
+    graph: Graph = "eua16",
+    table: Tables = None,
+) -> None:
+    """Print the network (nodes, capacities, links) and the services' ranges."""
+    try:
+        network = _network(graph, table)
+    except WRONG as error:
+        raise _fail(error) from error
+    shown = Table(title=f"{graph}: {network.nodes} nodes, {len(network.graph.links)} links")
+    for column in ("node", "site", "TFLOP/s", "memory MB", "uplink Mbps", "links to (Mbps)"):
+        shown.add_column(column)
+    widths = network.graph.bandwidth_matrix()
+    for k, name in enumerate(network.graph.names):
+        links = ", ".join(f"{other} ({widths[k, other]:.0f})" for other in np.flatnonzero(widths[k]))
+        g = network.graph
+        shown.add_row(str(k), name, f"{g.tflops[k]:g}", f"{g.memory_mb[k]:g}", f"{g.uplink_mbps[k]:g}", links)
+    Console().print(shown)
+    for one in network.tables:
+        typer.echo(
+            f"{one.name}: {len(one.configurations)} configurations x {len(one.variants)} variants, accuracy "
+            f"{one.accuracy.min():.3f} to {one.accuracy.max():.3f}, requests of {one.data_mb[0]:g} to "
+            f"{one.data_mb[1]:g} MB, deadlines {', '.join(f'{d:g}' for d in one.deadlines_s)} s"
+        )

@@ -56,7 +56,7 @@ def load_artifact(path: Path, network: EdgeNetwork) -> Artifact:
     """Read `<path>.json` and `<path>.safetensors` for a network. Raises ArtifactError where they do not fit."""
     try:
         text = json.loads(path.with_suffix(".json").read_text())
-        weights = load_file(path.with_suffix(".safetensors"))
+        stored = load_file(path.with_suffix(".safetensors"))
     except OSError as error:
         raise ArtifactError(f"{path}: cannot be read: {error}; train one with `tidegate placement train`") from error
     layout = Layout(text["layout"]["name"], network.nodes, len(network.tables))
@@ -70,7 +70,7 @@ def load_artifact(path: Path, network: EdgeNetwork) -> Artifact:
     if tuple(shape["actions"]) != actions:
         raise ArtifactError(f"{path}: trained for {shape['actions']} sub-actions, this network has {list(actions)}")
     return Artifact(
-        weights=weights,
+        weights={name: array.astype(np.float32) for name, array in stored.items()},
         actions=actions,
         lstm=shape["lstm"],
         autoregressive=shape["autoregressive"],
