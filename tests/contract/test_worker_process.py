@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import io
 import json
 import signal
 import sys
@@ -11,13 +12,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+import numpy as np
 import pytest
+from PIL import Image
 
 from protocol.board import BOARD_ERRORS, Board
 from protocol.frames import Kind
 from protocol.link import Connection, LinkClosed, connect
 from protocol.outcomes import Attempt
 from protocol.records import (
+    TENSORS,
     Deployment,
     Infer,
     InstanceRecord,
@@ -72,9 +76,14 @@ class Rig:
         async with asyncio.timeout(10.0):
             return await self.processes[-1].wait()
 
-    async def deploy(self, *instances: InstanceSpec) -> None:
+    def resident_mb(self) -> float:
+        """Physical memory that the worker holds, from /proc."""
+        status_lines = Path(f"/proc/{self.processes[-1].pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in status_lines if line.startswith("VmRSS:"))
+
+    async def deploy(self, *instances: InstanceSpec, variants: tuple[str, ...] = ("steady", "null")) -> None:
         """Put a deployment for this worker onto the board."""
-        service = ServiceSpec(variants=("steady", "null"), requirement_ms=300)
+        service = ServiceSpec(variants=variants, requirement_ms=300)
         worker = WorkerSpec(name="w", instances=instances)
         await self.board.put_deployment(Deployment(name="test", services={"things": service}, workers=(worker,)))
 
@@ -115,14 +124,16 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(folder: Path, board_url: str, *instances: InstanceSpec) -> AsyncIterator[Rig]:
+async def rig(
+    folder: Path, board_url: str, *instances: InstanceSpec, variants: tuple[str, ...] = ("steady", "null")
+) -> AsyncIterator[Rig]:
     """A running worker, for a deployment of `instances`."""
     (folder / "catalog").mkdir()
     (folder / "catalog" / "steady.toml").write_text(ENTRY)
     async with Board(board_url) as board:
         made = Rig(folder, board)
         try:
-            await made.deploy(*instances)
+            await made.deploy(*instances, variants=variants)
             await made.start()
             await made.record()
             yield made
@@ -270,6 +281,53 @@ def test_a_lost_board_costs_nothing(tmp_path: Path, redis_server: RedisServer) -
 
             await worker.until(replaced)
             assert (await reply(send(link))).attempt == Attempt.UNAVAILABLE
+
+    asyncio.run(scenario())
+
+
+def test_real_images_in_little_memory(tmp_path: Path, fake_redis_url: str) -> None:
+    """Both digit variants on one device: PNG in, predictions out; what is no image is INVALID; under 250 MB."""
+
+    async def scenario() -> None:
+        variants = InstanceSpec(variant="digits_heavy"), InstanceSpec(variant="digits_light", batch=(1, 3))
+        async with rig(tmp_path, fake_redis_url, *variants, variants=("digits_heavy", "digits_light")) as worker:
+
+            async def both_ready() -> list[InstanceRecord] | None:
+                records = await worker.board.instances()
+                return records if [one.state for one in records] == [InstanceState.READY] * 2 else None
+
+            heavy, light = await worker.until(both_ready)
+            assert heavy.service_s > light.service_s > 0.0, "measured while warming up"
+            link = await worker.link()
+            image = io.BytesIO()
+            Image.new("L", (8, 8), 128).save(image, "PNG")
+            futures = [
+                link.request(Kind.INFER, Infer(id, 60.0, "image/png", flags, 3), image.getvalue())[1]
+                for id in (heavy.id, light.id, light.id, light.id, light.id)
+                for flags in (0, TENSORS)
+            ]
+            scores: dict[str, list[float]] = {}
+            for future in futures:
+                frame, answer = await future, await reply(future)
+                assert answer.attempt == Attempt.OK
+                if answer.shape:
+                    assert answer.shape == (10,)
+                    scores[answer.status.instance] = np.frombuffer(frame.payload, "<f4").tolist()
+                else:
+                    predictions = json.loads(frame.payload)["predictions"]
+                    assert len(predictions) == 3
+                    assert [one["label"] for one in predictions] == [str(one["class_id"]) for one in predictions]
+            assert [sum(scores[one.id]) for one in (heavy, light)] == pytest.approx([1.0, 1.0], abs=1e-4)
+
+            for payload, content_type, http_status in (
+                (image.getvalue()[:40], "image/png", 400),
+                (b"plain text", "image/jpeg", 400),
+                (image.getvalue(), "text/plain", 415),
+            ):
+                answer = await reply(link.request(Kind.INFER, Infer(light.id, 60.0, content_type), payload)[1])
+                assert (answer.attempt, answer.http_status) == (Attempt.INVALID, http_status)
+                assert answer.reason
+            assert worker.resident_mb() < 250
 
     asyncio.run(scenario())
 
