@@ -293,4 +293,3 @@ class Trainer:
         self.environments.slots, self._examined.slots = kept["steps"]
 
 
-__all__ = ["Progress", "Task", "Trainer", "advantages", "clipped_objective", "log_density"]

@@ -281,20 +281,22 @@ def _next_arrival(y: System, p: Settings, random: Any, x: Any, z: Any, until_s: 
             return True
 
 
-@kernel
+@jit
 def _run_table(y: System, s: State, e: int, sums: Any, until_s: float) -> None:
-    """Environment e to until_s under a fixed table, given as cumulative probabilities."""
+    """Environment e to until_s under fixed tables, cumulative: one row, or one per phase of the workload."""
     p, kind, grid_s = y.set, y.kind, y.grid_s
     random, x, z, q, f = s.random[e], s.clock[e], s.index[e], s.queue[e], s.times[e]
     limits, count, log = s.limits[e], s.count[e], s.log
     n = kind.shape[0]
+    by_phase = sums.shape[0] > 1
     while _next_arrival(y, p, random, x, z, until_s):
         now_s = x[NOW_S]
         h = z[PHASE]
         count[h, ARRIVED] += 1
         u = draw_uniform(random, ROUTE_STREAM)
+        row = h if by_phase else 0
         i = 0
-        while i < n - 1 and u >= sums[i]:
+        while i < n - 1 and u >= sums[row, i]:
             i += 1
         while f[i, FINISH_S] <= now_s:
             free_s = f[i, FINISH_S]
@@ -345,7 +347,7 @@ def _believe(y: System, p: Settings, q: Any, f: Any, s: State, e: int, i: int, k
         answered += 1
 
 
-@kernel
+@jit
 def _advance_in_order(y: System, s: State, e: int, until_s: float, rule: int) -> None:
     """All instances, the central queue and the gateways' views, in order of time up to until_s."""
     p, kind, grid_s = y.set, y.kind, y.grid_s
@@ -395,7 +397,7 @@ def _advance_in_order(y: System, s: State, e: int, until_s: float, rule: int) ->
                 )
 
 
-@kernel
+@jit
 def _run_rule(y: System, s: State, e: int, rule: int, until_s: float) -> None:
     """Environment e to until_s under a per-request rule, as one or several gateways would run it."""
     p, kind, grid_s = y.set, y.kind, y.grid_s
@@ -480,10 +482,14 @@ def run_tables(
 ) -> None:
     """Every environment to until_s under its own table.
 
-    probabilities float64[E, n]; minimum, maximum int64[E, ranks]: batch limits, for a system that is batching.
+    probabilities float64[E, n], or float64[E, m, n] for a table per phase, changed the moment the phase does;
+    minimum, maximum int64[E, ranks]: batch limits, for a system that is batching.
     Counts and rewards are added to `State.count` and to column REWARD of `State.clock`.
     """
-    sums = np.cumsum(probabilities, axis=1)
+    tables = probabilities[:, None, :] if probabilities.ndim == 2 else probabilities
+    if not np.isfinite(tables).all() or (tables < 0.0).any():
+        raise RoutingError("probabilities hold values that are negative or not finite")
+    sums = np.cumsum(tables, axis=2)
     low = state.limits[:, 0] if minimum is None else minimum
     high = state.limits[:, 1] if maximum is None else maximum
     _spread(
