@@ -150,18 +150,21 @@ def _chance(one: RouterRun, other: RouterRun, key: str) -> float:
 
 
 def _notices(runs: Sequence[RouterRun]) -> list[str]:
+    """What a reader has to know before trusting the figures: runs cut short, requests that left late."""
     notices = []
+    late = []
     for run in runs:
-        found = details(run.record)
         name = html.escape(run.name)
         if run.record.interrupted:
-            notices.append(f"<strong>{name}</strong> was stopped after {found['sent']} of {found['planned']} requests.")
-        if late := found["sending"]["late"]:
-            notices.append(
-                f"<strong>{name}</strong>: {late} of {found['sent']} requests left more than "
-                f"{LATE_SENDER_MS:g} ms late: the load generator could not keep up at times, and the latencies "
-                "below contain that delay."
-            )
+            sent, planned = len(run.record), run.record.planned
+            notices.append(f"<strong>{name}</strong> was stopped after {sent:,} of {planned:,} requests.")
+        if count := details(run.record)["sending"]["late"]:
+            late.append(f"{name} {count:,} of {len(run.record):,}")
+    if late:
+        notices.append(
+            f"<strong>Busy machine:</strong> some requests left more than {LATE_SENDER_MS:g} ms late "
+            f"({', '.join(late)}). The latencies below contain that delay."
+        )
     return [f'<p class="notice">{text}</p>' for text in notices]
 
 

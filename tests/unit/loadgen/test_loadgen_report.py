@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -196,6 +197,14 @@ def test_the_finding_names_the_best_and_says_when_it_is_chance(trace: Trace) -> 
 def test_a_stopped_run_says_so(trace: Trace) -> None:
     text = build_report(title="t", facts={}, trace=trace, runs=[run_of(trace, "deadline", stopped=True)])
     assert "was stopped after" in text
+
+
+def test_requests_that_left_late_are_not_hidden(trace: Trace) -> None:
+    run = run_of(trace, "deadline")
+    assert "Busy machine" not in build_report(title="t", facts={}, trace=trace, runs=[run])
+    late_s = run.record.sent_s + np.where(np.arange(len(run.record)) < 7, 0.011, 0.0)
+    late = RouterRun("deadline", replace(run.record, sent_s=late_s), run.scores)
+    assert f"deadline 7 of {len(run.record):,}" in build_report(title="t", facts={}, trace=trace, runs=[late])
 
 
 def test_no_run_is_an_error(trace: Trace) -> None:
