@@ -75,17 +75,12 @@ def decode(payload: bytes, content_type: str, colour: str, max_pixels: int = MAX
 
 
 def to_input(pixels: npt.NDArray[np.uint8], how: Preprocess, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-    """Resize, crop and normalise `pixels` ([h, w] or [h, w, 3], uint8) to a contiguous float32 `shape`.
-
-    The centre crop follows torchvision's and timm's rounding, and is cut out while resizing, not after it.
-    """
+    """Resize, crop and normalise `pixels` ([h, w] or [h, w, 3], uint8) to a contiguous float32 `shape`."""
     height, width = shape[1:]
-    source_height, source_width = pixels.shape[:2]
-    box = (0.0, 0.0, float(source_width), float(source_height))
     if how.crop == "centre":
-        box = _centre_box(source_height, source_width, how.resize, height, width)
-    if box != (0.0, 0.0, float(width), float(height)) or (source_height, source_width) != (height, width):
-        image = Image.fromarray(pixels).resize((width, height), _FILTERS[how.interpolation], box=box)
+        pixels = _resize_and_crop(pixels, how, height, width)
+    elif pixels.shape[:2] != (height, width):
+        image = Image.fromarray(pixels).resize((width, height), _FILTERS[how.interpolation])
         pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[:, :, np.newaxis]
@@ -99,17 +94,27 @@ def to_input(pixels: npt.NDArray[np.uint8], how: Preprocess, shape: tuple[int, i
     return array
 
 
-def _centre_box(
-    source_height: int, source_width: int, resize: int, height: int, width: int
-) -> tuple[float, float, float, float]:
-    """The part of the source (left, top, right, bottom) that a resize and a centre crop would show."""
+def _resize_and_crop(pixels: npt.NDArray[np.uint8], how: Preprocess, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """The centre crop of the resized picture, computed without the pixels that the crop would throw away.
+
+    Sizes are rounded as torchvision and timm round them. Rows first and columns second, as Pillow does for a
+    whole picture: the order shows in the rounding of the step between.
+    """
+    source_height, source_width = pixels.shape[:2]
     if source_width <= source_height:
-        scaled_width, scaled_height = resize, int(resize * source_height / source_width)
+        scaled_width, scaled_height = how.resize, int(how.resize * source_height / source_width)
     else:
-        scaled_width, scaled_height = int(resize * source_width / source_height), resize
+        scaled_width, scaled_height = int(how.resize * source_width / source_height), how.resize
+    x, y = source_width / scaled_width, source_height / scaled_height  # source pixels per scaled pixel
     left, top = round((scaled_width - width) / 2.0), round((scaled_height - height) / 2.0)
-    x, y = source_width / scaled_width, source_height / scaled_height
-    return left * x, top * y, (left + width) * x, (top + height) * y
+    reach = 2.0 * max(y, 1.0) + 1.0  # how far a filter looks up and down, in source pixels
+    first = max(0, math.floor(top * y - reach))
+    last = min(source_height, math.ceil((top + height) * y + reach))
+    chosen = _FILTERS[how.interpolation]
+    image = Image.fromarray(pixels[first:last])
+    rows = image.resize((width, last - first), chosen, box=(left * x, 0, (left + width) * x, last - first))
+    box = (0, top * y - first, width, (top + height) * y - first)
+    return np.asarray(rows.resize((width, height), chosen, box=box))
 
 
 def _limit(width: int, height: int, max_pixels: int) -> None:

@@ -126,9 +126,10 @@ def test_resize_and_crop_equal_pillow_done_in_two_steps(size: tuple[int, int]) -
     expected = ((crop - how.mean) / how.std).transpose(2, 0, 1)
     assert got.dtype == np.float32
     assert got.flags.c_contiguous
-    # One level of 255 may round the other way where the crop is cut out while resizing.
-    assert np.abs(got - expected).max() < 1.01 / 255 / 0.2
-    assert np.abs(got - expected).mean() < 1e-3
+    difference = np.abs(got - expected)
+    # One level in a few thousand may round the other way where only the crop is computed.
+    assert difference.max() < 1.01 / 255 / 0.2
+    assert (difference < 1e-5).mean() > 0.999
 
 
 def test_stretch_gray_and_bgr() -> None:
