@@ -27,12 +27,12 @@ GROWTH_MB = 40.0
 SMALL = """
 name = "hostile"
 [services.digits]
-variants = ["digits_heavy"]
+variants = ["digits_light"]
 requirement_ms = 5000
 max_body_bytes = 300000
 [[workers]]
 name = "a"
-instances = [{ variant = "digits_heavy" }]
+instances = [{ variant = "digits_light" }]
 """
 
 
