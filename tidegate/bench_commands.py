@@ -30,6 +30,7 @@ from loadgen.sender import SendOptions, run_on_uvloop
 from loadgen.traces import Trace
 from policies.routing.workload import Constant
 from protocol.deployment import read_deployment
+from tidegate import bench_live
 from tidegate.running import RunningGateway
 from tidegate.supervisor import Supervisor, free_port
 from tidegate.up_command import StartFailed, until_ready, with_address
@@ -240,3 +241,8 @@ async def _bench_overload(rate: float, seconds: float) -> dict[str, Any]:
 def _computed(state: dict[str, Any]) -> int:
     ends = state["dispatch"]["attempts"].values()
     return sum(one.get("OK", 0) + one.get("LATE", 0) for one in ends)
+
+
+app.command("live")(bench_live.bench_live)
+app.command("memory")(bench_live.bench_memory)
+app.command("router")(bench_live.bench_router)
