@@ -1,0 +1,267 @@
+"""Changes while requests come: routers, deployments, clients that leave, too much load, a death in the middle of it."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import Iterator
+
+import aiohttp
+import pytest
+
+from tests.fakes.running_system import (
+    IMAGENET,
+    LABEL,
+    Load,
+    RunningSystem,
+    assert_client_agrees,
+    assert_conserved,
+    client,
+    deployment,
+    until,
+)
+
+PAPER = """
+name = "changes"
+[services.imagenet]
+variants = ["pnasnet5large_t4", "efficientnet_b0_t4"]
+requirement_ms = 300
+router = "deadline"
+[[workers]]
+name = "a"
+instances = [{ variant = "pnasnet5large_t4" }]
+[[workers]]
+name = "b"
+instances = [{ variant = "pnasnet5large_t4" }]
+[[workers]]
+name = "c"
+instances = [{ variant = "efficientnet_b0_t4" }]
+[[workers]]
+name = "d"
+instances = [{ variant = "efficientnet_b0_t4" }]
+"""
+ROUTERS = ("uniform", "light-only", "single-queue", "heavy-expire", "threshold", "single-queue-random", "deadline")
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSystem]:
+    file = deployment(tmp_path_factory.mktemp("changes") / "changes.toml", PAPER)
+    with RunningSystem(file) as running:
+        yield running
+
+
+async def _change_router(session: aiohttp.ClientSession, system: RunningSystem, router: str) -> None:
+    url = f"{system.url}/admin/services/imagenet/router"
+    async with session.put(url, json={"router": router}) as response:
+        assert response.status == 200, await response.text()
+
+
+async def _routed_by(session: aiohttp.ClientSession, system: RunningSystem, router: str) -> None:
+    async def taken() -> bool:
+        service = (await system.state(session))["services"]["imagenet"]
+        return bool(service["router"] == router == service["routing_by"])
+
+    await until(taken, 10.0, f"{router} does not route")
+
+
+def test_router_switches_lose_nothing(system: RunningSystem) -> None:
+    async def run() -> None:
+        async with client() as session:
+            before = await assert_conserved(system, session)
+            async with Load(session, f"{system.url}/v1/imagenet", 60.0) as load:
+                for router in ROUTERS:
+                    await _change_router(session, system, router)
+                    await _routed_by(session, system, router)
+                    await asyncio.sleep(0.4)
+            after = await assert_conserved(system, session)
+            assert_client_agrees(load, before, after, "imagenet")
+            # 60/s is within everybody's capacity but heavy-expire's two instances of 46/s in a burst of catching up.
+            assert load.statuses()[200] >= len(load.sent) - 3
+
+    asyncio.run(run())
+
+
+def test_an_unknown_router_is_refused_and_changes_nothing(system: RunningSystem) -> None:
+    async def run() -> None:
+        async with client() as session:
+            for service, router, status in (("imagenet", "best", 400), ("nothing", "uniform", 404)):
+                url = f"{system.url}/admin/services/{service}/router"
+                async with session.put(url, json={"router": router}) as response:
+                    answer = await response.json()
+                    assert response.status == status
+                    assert router in answer["error"] or service in answer["error"]
+            for body in (b"", b"{", b"[]", b'{"router": 3}', b'{"router": "uniform", "x": 1}', b"\xff\xfe"):
+                async with session.put(f"{system.url}/admin/services/imagenet/router", data=body) as response:
+                    assert response.status == 400
+                    assert (await response.json())["code"] == "INVALID"
+            assert (await system.state(session))["services"]["imagenet"]["router"] == "deadline"
+
+    asyncio.run(run())
+
+
+def test_a_deployment_switch_loses_nothing_but_what_nobody_could_serve(system: RunningSystem) -> None:
+    async def run() -> None:
+        async with client() as session:
+            url = f"{system.url}/admin/deployment"
+            async with session.get(url) as response:
+                mixed = await response.json()
+            before = await assert_conserved(system, session)
+            light = {**mixed, "workers": [dict(worker) for worker in mixed["workers"]]}
+            for worker in light["workers"]:
+                worker["instances"] = [{"variant": "efficientnet_b0_t4"}]
+            async with Load(session, f"{system.url}/v1/imagenet", 60.0) as load:
+                await asyncio.sleep(0.3)
+                for wanted in (light, mixed):
+                    async with session.put(url, json=wanted) as response:
+                        assert response.status == 200, await response.text()
+                    ids = {f"{one['name']}/{one['instances'][0]['variant']}" for one in wanted["workers"]}
+
+                    async def there(ids: set[str] = ids) -> bool:
+                        views = (await system.state(session))["services"]["imagenet"]["instances"]
+                        return {view["id"] for view in views if view["ready"]} == ids
+
+                    await until(there, 15.0, f"the instances did not become {ids}")
+                    await asyncio.sleep(0.5)
+            state = await system.state(session)
+            after = await assert_conserved(system, session, restarted=("a", "b"))
+            assert_client_agrees(load, before, after, "imagenet")
+            # The light instances of c and d were there all along.
+            assert set(load.statuses()) == {200}, load.codes()
+            assert state["arrived"] > before["arrived"] + 50
+
+    asyncio.run(run())
+
+
+def test_a_bad_deployment_is_refused_and_changes_nothing(system: RunningSystem) -> None:
+    async def run() -> None:
+        async with client() as session:
+            url = f"{system.url}/admin/deployment"
+            async with session.get(url) as response:
+                good = await response.json()
+            spec = good["services"]["imagenet"]
+            for bad, named in (
+                ({**good, "frobs": 1}, "frobs"),
+                ({**good, "services": {}}, "services"),
+                ({**good, "workers": []}, "workers"),
+                ({**good, "services": {"imagenet": {**spec, "router": "best"}}}, "router = 'best'"),
+                ({**good, "services": {"imagenet": {**spec, "percentile": 98}}}, "percentile = 98"),
+                ({**good, "services": {"imagenet": {**spec, "requirement_ms": "soon"}}}, "requirement_ms"),
+                ({**good, "services": {'qu"ote': spec}}, 'qu"ote'),
+            ):
+                async with session.put(url, json=bad) as response:
+                    assert response.status == 400, await response.text()
+                    assert named in (await response.json())["error"]
+            async with session.get(url) as response:
+                assert await response.json() == good
+
+    asyncio.run(run())
+
+
+def test_clients_that_leave_free_their_places_and_nothing_is_computed_for_them(system: RunningSystem) -> None:
+    async def run() -> None:
+        async with client() as session:
+            await _change_router(session, system, "heavy-only")
+            await _routed_by(session, system, "heavy-only")
+            before = await assert_conserved(system, session)
+            computed = _computed(await system.worker_statuses())
+            url = f"{system.url}/v1/imagenet"
+            headers = {**IMAGENET, "x-deadline-ms": "5000"}
+            tasks = [asyncio.create_task(_give_up(session, url, headers, 0.03)) for _ in range(14)]
+            await asyncio.gather(*tasks)
+            after = await assert_conserved(system, session)
+            gone = after["outcomes"]["imagenet"].get("CANCELLED", 0) - before["outcomes"]["imagenet"].get("CANCELLED", 0)
+            assert gone == 14
+            # Two instances of 43 ms: at most the one in service at each when the clients left, and its successor.
+            assert _computed(await system.worker_statuses()) - computed <= 4
+            await _change_router(session, system, "deadline")
+            await _routed_by(session, system, "deadline")
+
+    asyncio.run(run())
+
+
+def test_a_pipelining_client_that_leaves_cancels_the_request_that_is_served(system: RunningSystem) -> None:
+    async def run() -> None:
+        async with client() as session:
+            before = await assert_conserved(system, session)
+            one = b"POST /v1/imagenet HTTP/1.1\r\nhost: t\r\nx-deadline-ms: 5000\r\ncontent-type: image/png\r\n"
+            one += b"content-length: %d\r\n\r\n" % len(LABEL) + LABEL
+            for _ in range(6):
+                connection = system.raw()
+                connection.sendall(one * 3)
+                await asyncio.sleep(0.02)
+                connection.close()
+            after = await assert_conserved(system, session)
+            ended = _difference(before, after)
+            # Each connection's first was in service (43 ms); those behind it never became requests.
+            assert sum(ended.values()) <= 12
+            assert ended.get("CANCELLED", 0) >= 5, ended
+
+    asyncio.run(run())
+
+
+def _computed(statuses: dict) -> int:  # type: ignore[type-arg]
+    """Answers that workers have made."""
+    return sum(status.counts[0] + status.counts[1] for status in statuses.values())
+
+
+def _difference(before: dict, after: dict) -> dict[str, int]:  # type: ignore[type-arg]
+    was = before["outcomes"].get("imagenet", {})
+    return {name: number - was.get(name, 0) for name, number in after["outcomes"]["imagenet"].items()}
+
+
+async def _give_up(session: aiohttp.ClientSession, url: str, headers: dict[str, str], after_s: float) -> None:
+    try:
+        async with asyncio.timeout(after_s), session.post(url, data=LABEL, headers=headers) as response:
+            await response.read()
+    except TimeoutError:
+        return
+    raise AssertionError(f"answered within {after_s} s: {response.status}")
+
+
+def test_everything_at_once_is_conserved(system: RunningSystem) -> None:
+    """Twice the capacity, half of the clients impatient, routers changing, a worker killed in the middle."""
+
+    async def run() -> None:
+        rng = random.Random(7)
+        async with client() as session:
+            before = await assert_conserved(system, session)
+            url = f"{system.url}/v1/imagenet"
+            leaving: list[asyncio.Task[None]] = []
+
+            async def impatient() -> None:
+                try:
+                    async with asyncio.timeout(rng.uniform(0.0, 0.2)), session.post(url, data=LABEL, headers=IMAGENET):
+                        pass
+                except (TimeoutError, aiohttp.ClientError):
+                    pass
+
+            async with Load(session, url, 250.0, deadline_ms=200.0) as load:
+                for step in range(25):
+                    leaving += [asyncio.create_task(impatient()) for _ in range(10)]
+                    if step % 5 == 2:
+                        await _change_router(session, system, ROUTERS[step // 5])
+                    if step == 12:
+                        os.kill(system.pid("worker-c"), signal.SIGKILL)
+                    await asyncio.sleep(0.1)
+                await asyncio.gather(*leaving)
+                await _change_router(session, system, "deadline")
+            after = await assert_conserved(system, session, restarted=("c",))
+            assert all(sent.answers == 1 for sent in load.sent)
+            ended = _difference(before, after)
+            told = load.codes()
+            for outcome, number in told.items():
+                assert ended[outcome] >= number, (outcome, ended, told)
+            assert sum(ended.values()) <= len(load.sent) + len(leaving)
+            assert ended.get("CANCELLED", 0) <= len(leaving)
+            assert ended.get("FAILED", 0) == 0
+            ready = 0
+
+            async def whole() -> bool:
+                nonlocal ready
+                views = (await system.state(session))["services"]["imagenet"]["instances"]
+                ready = sum(view["ready"] for view in views)
+                return ready == 4
+
+            await until(whole, 20.0, f"only {ready} of 4 instances came back")
+
+    asyncio.run(run())
