@@ -132,7 +132,7 @@ def test_a_pinned_variant_answers_images_and_tensors_alike(client: triton.Infere
 def test_classes_by_the_classification_extension(client: triton.InferenceServerClient) -> None:
     asked = [triton.InferRequestedOutput("scores", class_count=3)]
     best = client.infer("digits", [image_input(picture())], outputs=asked).as_numpy("scores")
-    assert [one.split(b":")[1] for one in best][0] == b"0"
+    assert best[0].split(b":")[1] == b"0"
     assert len(best) == 3
 
 
@@ -142,7 +142,7 @@ def test_errors_reach_the_client_in_words(client: triton.InferenceServerClient) 
     for model, given, settings, words in (
         ("nothing", image_input(picture()), {}, "unknown model 'nothing'"),
         ("digits", image_input(b"GIF89a"), {}, "neither a JPEG nor a PNG"),
-        ("digits", image_input(picture()[:200]), {}, "damaged or cut short"),
+        ("digits", image_input(picture()[:200]), {}, "the JPEG image cannot be read"),
         ("digits", wrong_type, {}, "it takes BYTES"),
         ("digits", tensor_input(), {}, "unknown input 'input'"),
         ("digits", image_input(picture()), {"model_version": "2"}, "no version '2'"),
@@ -213,8 +213,7 @@ MALFORMED = [
     (b'{"inputs": [{"name": "image", "datatype": 7, "shape": [1], "data": ["x"]}]}', {}, "Expected `str`"),
     (b'{"inputs": [{"name": "image", "datatype": "FP32", "shape": [1], "data": [1]}]}', {}, "it takes BYTES"),
     (b'{"inputs": [{"name": "imago", "datatype": "BYTES", "shape": [1], "data": ["x"]}]}', {}, "unknown input"),
-    (gzip.compress(bytes(1_000_001)), {"content_encoding": "gzip"}, "unfolds to more than 1000000 bytes"),
-    (gzip.compress(gzip.compress(bytes(900 << 20))), {"content_encoding": "gzip"}, "not an inference request"),
+    (gzip.compress(bytes(200 << 20)), {"content_encoding": "gzip"}, "unfolds to more than 1000000 bytes"),
     (zlib.compress(b'{"inputs": []}')[:-3], {"content_encoding": "deflate"}, "cut short"),
     (b"", {"inference_header_content_length": "0"}, "the body is empty"),
 ]
