@@ -19,7 +19,16 @@ _HERE = Path(__file__).parent
 
 def _cache_folder() -> str:
     digest = hashlib.sha256()
-    for name in ("compiled", "contract", "rules", "estimation", "features", "randomness", "queueing_model", "simulator"):
+    for name in (
+        "compiled",
+        "contract",
+        "rules",
+        "estimation",
+        "features",
+        "randomness",
+        "queueing_model",
+        "simulator",
+    ):
         source = _HERE / f"{name}.py"
         if source.exists():
             digest.update(source.read_bytes())
@@ -28,15 +37,15 @@ def _cache_folder() -> str:
 
 # Compiled code here allocates nothing, so it needs no reference counts; their atomic increments took two thirds of
 # the simulator's time.
-_NO_COUNTING = {"_nrt": False}
+_NO_COUNTING: Any = {"_nrt": False}
 
-numba.config.CACHE_DIR = _cache_folder()
+config: Any = numba.config
+config.CACHE_DIR = _cache_folder()
 
 
 def jit(function: F) -> F:
     """The function compiled on first call, without the GIL, cached on disk, inlined into compiled callers."""
     return cast(F, numba.njit(cache=True, nogil=True, forceinline=True, **_NO_COUNTING)(function))
-
 
 
 def kernel(function: F) -> F:

@@ -58,7 +58,7 @@ def _observe(
             _fill_instance(out[e], i * per_instance, places, batching, length, serving, elapsed, ages, age_s)
         at = n * per_instance
         for h in range(phases):
-            out[e, at + h] = 1.0 if s.index[e, PHASE] == h else 0.0
+            out[e, at + h] = 1.0 if s.marks[e, PHASE] == h else 0.0
         if since_s > 0.0:
             out[e, at + phases] = min((now_s - s.clock[e, SINCE_S]) / since_s, 1.0)
 
@@ -119,9 +119,9 @@ class SlotEnvironments:
         state = self.state
         self.slots += 1
         state.clock[:, REWARD] = 0.0
-        before = state.count[:, :, ARRIVED].copy()
+        before = state.tally[:, :, ARRIVED].copy()
         run_tables(self.system, state, probabilities, self.slots * self.slot_s, minimum, maximum, self._threads)
-        self._arrived = state.count[:, :, ARRIVED] - before
+        self._arrived = state.tally[:, :, ARRIVED] - before
         return state.clock[:, REWARD].copy()
 
     def exogenous(self) -> FloatArray:
@@ -132,13 +132,13 @@ class SlotEnvironments:
         """
         state, m = self.state, self._arrived.shape[1]
         age = (self.slots * self.slot_s - state.clock[:, SINCE_S]) / self.slot_s
-        bucket = state.index[:, PHASE] * 4 + np.clip(age, 0, 3).astype(np.int64)
+        bucket = state.marks[:, PHASE] * 4 + np.clip(age, 0, 3).astype(np.int64)
         hot = np.zeros((self.environments, 4 * m))
         hot[np.arange(self.environments), bucket] = 1.0
         return np.hstack([self._arrived, hot, hot * self._arrived.sum(axis=1, keepdims=True)])
 
     def take_counts(self) -> FloatArray:
         """Counters float64[phases, COUNTERS] summed over environments since the last call; they start again at 0."""
-        total = np.asarray(self.state.count.sum(axis=0))
-        self.state.count[:] = 0.0
+        total = np.asarray(self.state.tally.sum(axis=0))
+        self.state.tally[:] = 0.0
         return total

@@ -27,9 +27,7 @@ def arrive(now_s: float, i: int, length: Indexable, clear_s: Indexable, service_
     clear_s[i] += service_s[i]
 
 
-def depart(
-    now_s: float, i: int, remaining: int, length: Indexable, clear_s: Indexable, service_s: Indexable
-) -> None:
+def depart(now_s: float, i: int, remaining: int, length: Indexable, clear_s: Indexable, service_s: Indexable) -> None:
     """An answer came from instance i, which now holds `remaining`; the next of them starts now."""
     length[i] = remaining
     clear_s[i] = now_s + remaining * service_s[i]

@@ -55,7 +55,7 @@ PAPER_TABLE_2 = {
     ("periodic", "learned-po"): (79.23, 1.553, 75.75, 3.103, 12.11, 82.72, 0.003, 98.78),
     ("periodic", "learned-fo"): (80.27, 0.329, 77.76, 0.651, 11.63, 82.77, 0.008, 99.93),
 }
-"""Tan's Table 2 in percent: overall goodput and violations; bursty goodput, violations, heavy share; the same, normal."""
+"""Tan's Table 2, percent: overall goodput and violations; bursty goodput, violations, heavy share; normal, the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,8 @@ def phase_rates(arrivals: ArrivalModel) -> tuple[float, ...]:
         return tuple(arrivals.d1.sum(axis=1).tolist())
     if arrivals.rate is not None:
         return tuple(arrivals.rate.tolist())
-    assert arrivals.time_s is not None and arrivals.phase is not None
+    assert arrivals.time_s is not None
+    assert arrivals.phase is not None
     spans = np.diff(arrivals.time_s, prepend=0.0)
     return tuple(
         float((arrivals.phase == h).sum() / max(spans[arrivals.phase == h].sum(), 1e-9)) for h in range(arrivals.phases)
@@ -143,7 +144,7 @@ def evaluate(
         learning = {"learn_trust": True, "learn_rate": 0.02} if router == "deadline" else {}
         system, state = build(shaped, arrivals, e, seed, **learning)  # type: ignore[arg-type]
         run_rule(system, state, router, duration_s + 5.0 if arrivals.kind == TRACE else duration_s, threads)
-        return Result(router, scores_of(state.count.sum(axis=0), arrivals.phase_names, duration_s * e))
+        return Result(router, scores_of(state.tally.sum(axis=0), arrivals.phase_names, duration_s * e))
     if router in LEARNED:
         learned = policy or load_policy(router, shaped.kinds)
         count = _run_learned(learned, shaped, arrivals, e, seed, duration_s, threads, progress)
@@ -158,11 +159,11 @@ def evaluate(
     else:
         steps = int(np.ceil(duration_s / rule.slot_s))
         for t in range(steps):
-            tables = rule.tables(state.queue[:, :, LENGTH], state.index[:, PHASE])
+            tables = rule.tables(state.queue[:, :, LENGTH], state.marks[:, PHASE])
             run_tables(system, state, tables, min((t + 1) * rule.slot_s, duration_s), threads=threads)
             if progress is not None and t % 1000 == 0:
                 progress(t / steps)
-    return Result(router, scores_of(state.count.sum(axis=0), arrivals.phase_names, duration_s * e))
+    return Result(router, scores_of(state.tally.sum(axis=0), arrivals.phase_names, duration_s * e))
 
 
 def _run_learned(
@@ -227,5 +228,3 @@ def paper_evaluation(
 def as_json(results: dict[str, Result], **about: Any) -> dict[str, Any]:
     """The JSON of an evaluation: {"results": {router: {phase: {...}}}, ...}."""
     return {**about, "results": {name: r.as_dict() for name, r in results.items()}}
-
-

@@ -20,14 +20,12 @@ class LearnedPolicy:
         self, name: str, layout: Layout, tensors: dict[str, NDArray[np.float32]], slot_s: float, variants: int = 0
     ) -> None:
         self.name, self.layout, self.slot_s = name, layout, slot_s
-        self._layers = [
-            (np.ascontiguousarray(tensors[f"{k}.weight"].T), tensors[f"{k}.bias"]) for k in (0, 2, 4)
-        ]
+        self._layers = [(np.ascontiguousarray(tensors[f"{k}.weight"].T), tensors[f"{k}.bias"]) for k in (0, 2, 4)]
         self._variants = variants
         outputs = len(layout.variants) + variants * len(PAIRS)
         if self._layers[0][0].shape[0] != layout.size or self._layers[-1][0].shape[1] != outputs:
             raise RoutingError(
-                f"{name}: network maps {self._layers[0][0].shape[0]} features to {self._layers[-1][0].shape[1]} outputs, "
+                f"{name}: the network maps {self._layers[0][0].shape[0]} to {self._layers[-1][0].shape[1]} numbers, "
                 f"but its layout has {layout.size} features and needs {outputs} outputs"
             )
 
@@ -78,7 +76,8 @@ def load_policy(path: Path | str, kinds: tuple[InstanceKind, ...] | None = None)
     record, layout, tensors = read_artifact(where)
     if kinds is not None and tuple(k.variant for k in kinds) != layout.variants:
         raise RoutingError(
-            f"artifact {where}: trained for instances of {list(layout.variants)}, but {[k.variant for k in kinds]} exist"
+            f"artifact {where}: trained for instances of {list(layout.variants)}, "
+            f"but {[k.variant for k in kinds]} exist"
         )
     outputs = len(tensors["4.bias"]) - len(layout.variants)
     return LearnedPolicy(record["name"], layout, tensors, record["slot_s"], outputs // len(PAIRS))

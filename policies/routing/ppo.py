@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from policies.routing.artifact import write_artifact
 from policies.routing.environment import PAIRS, SlotEnvironments
-from policies.routing.network import Scheduler, log_density
+from policies.routing.network import Scheduler
 from policies.routing.presets import Preset
 from policies.routing.queueing_model import ArrivalModel, ServiceModel
 from policies.routing.scores import Scores, scores_of
@@ -212,6 +212,7 @@ class Trainer:
         self.value_mean += 0.05 * (mean - old_mean)
         self.value_scale += 0.05 * (scale - old_scale)
         last = self.network.critic[-1]
+        assert isinstance(last, nn.Linear)
         with torch.no_grad():
             last.weight.mul_(old_scale / self.value_scale)
             last.bias.mul_(old_scale).add_(old_mean - self.value_mean).div_(self.value_scale)
@@ -291,5 +292,3 @@ class Trainer:
             for key, array in env.state._asdict().items():
                 array.view(np.int64)[...] = kept["simulated"][name][key].numpy()
         self.environments.slots, self._examined.slots = kept["steps"]
-
-

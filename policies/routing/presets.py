@@ -24,7 +24,7 @@ PAPER_KINDS = (
     InstanceKind(LIGHT, 1, 0.0115, 0.7769),
     InstanceKind(LIGHT, 1, 0.0115, 0.7769),
 )
-"""Tan's four instances (5.1.1): service times inferred (papers/README.md), accuracies of the ImageNet validation set."""
+"""Tan's four instances (5.1.1): service times inferred (papers/README.md), accuracies on ImageNet."""
 PAPER_REWARD_ACCURACY = (0.7261, 0.7261, 0.6629, 0.6629)
 """g of Eq. 2: ImageNet-V2 matched frequency (papers/README.md)."""
 
@@ -61,7 +61,9 @@ class Preset:
 
 PRESETS = {
     "paper": Preset(),
-    "quick": Preset(slots=6_000_000, environments=250, slots_per_update=25_000, minibatch=5_000, learning_rate=1e-3, gamma=0.9),
+    "quick": Preset(
+        slots=6_000_000, environments=250, slots_per_update=25_000, minibatch=5_000, learning_rate=1e-3, gamma=0.9
+    ),
 }
 """`paper` is Tan's 5.1.4 and 5.1.5; `quick` learns faster with a shorter horizon and larger steps, at some cost."""
 

@@ -20,7 +20,7 @@ TRACE, MARKOVIAN, PERIODIC = 0, 1, 2
 
 ARRIVED, IN_TIME, LATE, QUEUE_FULL, EXPIRED, TO_HEAVY, GOODPUT, BOUNCED, UNAVAILABLE, SOJOURN_S = range(10)
 COUNTERS = 10
-"""Columns of `State.count`; GOODPUT sums accuracy over requests in time, SOJOURN_S seconds over finished ones."""
+"""Columns of `State.tally`; GOODPUT sums accuracy over requests in time, SOJOURN_S seconds over finished ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,9 @@ class ServiceModel:
                 shape = None if self.quantiles_s is None else self.quantiles_s.shape
                 raise RoutingError(f"quantiles_s has shape {shape}: law 'empirical' needs ({n}, 3, 101)")
             if not np.isfinite(self.quantiles_s).all() or (self.quantiles_s <= 0.0).any():
-                raise RoutingError("quantiles_s holds values that are not finite and positive: measure the profile again")
+                raise RoutingError(
+                    "quantiles_s holds values that are not finite and positive: measure the profile again"
+                )
         for name in ("reward_accuracy", "slow_factor"):
             value = getattr(self, name)
             if value is not None and len(value) != n:
@@ -109,7 +111,11 @@ def markovian(d0: FloatArray, d1: FloatArray, phase_names: tuple[str, ...] | Non
     a, b = np.asarray(d0, dtype=np.float64), np.asarray(d1, dtype=np.float64)
     if a.ndim != 2 or a.shape[0] != a.shape[1] or a.shape != b.shape:
         raise RoutingError(f"D0 {a.shape} and D1 {b.shape} must be square and of one shape")
-    if (b < 0).any() or ((a - np.diag(np.diag(a))) < 0).any() or np.abs((a + b).sum(axis=1)).max() > 1e-9 * np.abs(a).max():
+    if (
+        (b < 0).any()
+        or ((a - np.diag(np.diag(a))) < 0).any()
+        or np.abs((a + b).sum(axis=1)).max() > 1e-9 * np.abs(a).max()
+    ):
         raise RoutingError("D0, D1: off-diagonal rates must not be negative and rows of D0 + D1 must sum to 0")
     names = phase_names or tuple(f"phase-{i}" for i in range(a.shape[0]))
     return ArrivalModel(MARKOVIAN, names, d0=a, d1=b)
@@ -130,7 +136,9 @@ def periodic_arrivals() -> ArrivalModel:
     )
 
 
-def trace_arrivals(time_s: FloatArray, phase: IntArray | None = None, phase_names: tuple[str, ...] = ("all",)) -> ArrivalModel:
+def trace_arrivals(
+    time_s: FloatArray, phase: IntArray | None = None, phase_names: tuple[str, ...] = ("all",)
+) -> ArrivalModel:
     """Arrivals at given times; an error names the first time that is missing or decreases."""
     times = np.ascontiguousarray(time_s, dtype=np.float64)
     if times.ndim != 1 or len(times) == 0:
@@ -153,7 +161,7 @@ RANK, CAPACITY, MEAN_S, SCORE, GAIN, SLOW = 0, 1, 2, 5, 6, 7  # MEAN_S: three co
 LENGTH, HEAD, SERVING, RING = 0, 1, 2, 3
 # Columns of `State.times`, float64[E, n, 3 + 2C]: first the scalars, then C arrival times, then C foreseen sojourns.
 STARTED_S, FINISH_S, OWN_SERVICE_S = 0, 1, 2
-# Columns of `State.clock`, float64[E, 4], and of `State.index`, int64[E, 5].
+# Columns of `State.clock`, float64[E, 4], and of `State.marks`, int64[E, 5].
 NOW_S, SINCE_S, PENDING_S, REWARD = 0, 1, 2, 3
 PHASE, POSITION, REFRESHES, CENTRAL_HEAD, CENTRAL_LENGTH = 0, 1, 2, 3, 4
 
@@ -199,11 +207,11 @@ class State(NamedTuple):
 
     random: NDArray[np.uint64]  # [E, STREAMS]
     clock: FloatArray  # [E, 4]
-    index: IntArray  # [E, 5]
+    marks: IntArray  # [E, 5]
     queue: IntArray  # [E, n, 3 + 2C]
     times: FloatArray  # [E, n, 3 + 2C]
     limits: IntArray  # [E, 2, ranks] minimum and maximum batch size
-    count: FloatArray  # [E, m, COUNTERS]
+    tally: FloatArray  # [E, m, COUNTERS]
     view_length: IntArray  # [E, G, n] what each gateway believes
     view_clear_s: FloatArray  # [E, G, n]
     view_service_s: FloatArray  # [E, G, n]
@@ -276,11 +284,11 @@ def build(
     state = State(
         random=streams(seed, e),
         clock=np.zeros((e, 4)),
-        index=np.zeros((e, 5), dtype=np.int64),
+        marks=np.zeros((e, 5), dtype=np.int64),
         queue=np.zeros((e, n, RING + 2 * c), dtype=np.int64),
         times=np.zeros((e, n, RING + 2 * c)),
         limits=np.ones((e, 2, int(rank.max()) + 1), dtype=np.int64),
-        count=np.zeros((e, m, COUNTERS)),
+        tally=np.zeros((e, m, COUNTERS)),
         view_length=np.zeros((e, g, n), dtype=np.int64),
         view_clear_s=np.zeros((e, g, n)),
         view_service_s=np.tile(mean_s[:, 0], (e, g, 1)),
@@ -321,12 +329,12 @@ def _place_phases(arrivals: ArrivalModel, state: State, seed: int) -> None:
         m = len(q)
         system = np.vstack([q.T, np.ones(m)])
         stationary = np.linalg.lstsq(system, np.append(np.zeros(m), 1.0), rcond=None)[0]
-        state.index[:, PHASE] = rng.choice(m, size=e, p=np.maximum(stationary, 0.0) / np.maximum(stationary, 0.0).sum())
-        state.clock[:, PENDING_S] = rng.exponential(size=e) / -np.diag(arrivals.d0)[state.index[:, PHASE]]
+        state.marks[:, PHASE] = rng.choice(m, size=e, p=np.maximum(stationary, 0.0) / np.maximum(stationary, 0.0).sum())
+        state.clock[:, PENDING_S] = rng.exponential(size=e) / -np.diag(arrivals.d0)[state.marks[:, PHASE]]
         return
     if arrivals.hold_s is not None and arrivals.rate is not None:
         into = rng.uniform(0.0, arrivals.hold_s.sum(), size=e)
         ends = np.cumsum(arrivals.hold_s)
-        state.index[:, PHASE] = np.searchsorted(ends, into, side="right").clip(max=len(ends) - 1)
-        state.clock[:, SINCE_S] = -(into - np.concatenate([[0.0], ends[:-1]])[state.index[:, PHASE]])
-        state.clock[:, PENDING_S] = rng.exponential(size=e) / arrivals.rate[state.index[:, PHASE]]
+        state.marks[:, PHASE] = np.searchsorted(ends, into, side="right").clip(max=len(ends) - 1)
+        state.clock[:, SINCE_S] = -(into - np.concatenate([[0.0], ends[:-1]])[state.marks[:, PHASE]])
+        state.clock[:, PENDING_S] = rng.exponential(size=e) / arrivals.rate[state.marks[:, PHASE]]

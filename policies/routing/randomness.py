@@ -23,7 +23,7 @@ _S30, _S27, _S31, _S11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(
 def streams(seed: int, environments: int) -> NDArray[np.uint64]:
     """Start states uint64[environments, STREAMS], far apart by numpy's SeedSequence."""
     words = np.random.SeedSequence(seed).generate_state(environments * STREAMS, np.uint64)
-    return words.reshape(environments, STREAMS)
+    return np.asarray(words.reshape(environments, STREAMS), dtype=np.uint64)
 
 
 @jit

@@ -16,7 +16,6 @@ and margin[0] in (0, 1]: a predicted sojourn has to be at most margin[0] * budge
 
 from policies.routing.contract import HOLD, REJECT, Indexable, Rule
 
-
 IDLE_SHARE = 0.25
 """`deadline` may use an idle instance whose service time is at most this share of the budget: even if it were
 exponentially distributed, exp(-4) = 1.8% of them would miss, which keeps a promise of 2%."""

@@ -6,7 +6,7 @@ Instances only meet through the decider, so under a table each is advanced by it
 under a rule, events are taken in order of time, because what the decider believes depends on them.
 
 Names in compiled code: p the `Settings`, kind what instances are, q and f one environment's `queue` and `times`,
-x and z its `clock` and `index`, count its counters, random its streams; i an instance, k a place in its ring.
+x and z its `clock` and `marks`, count its `tally`, random its streams; i an instance, k a place in its ring.
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 
 from policies.routing import estimation, rules
 from policies.routing.compiled import jit, kernel
-from policies.routing.contract import FloatArray, IntArray, RoutingError
+from policies.routing.contract import HOLD, FloatArray, IntArray, RoutingError
 from policies.routing.queueing_model import (
     ARRIVED,
     BOUNCED,
@@ -113,30 +113,41 @@ def _service_s(p: Settings, kind: Any, grid_s: Any, random: Any, i: int, batch: 
     if now_s >= p.slow_at_s:
         mean_s *= kind[i, SLOW]
     if p.law == DETERMINISTIC:
-        return mean_s
+        return float(mean_s)
     if p.law == GAMMA:
         shape = 1.0 / (p.cv * p.cv)
-        return mean_s * draw_gamma(random, SERVICE_STREAM, shape) / shape
+        return float(mean_s * draw_gamma(random, SERVICE_STREAM, shape) / shape)
     if p.law == LOGNORMAL:
         variance = math.log(1.0 + p.cv * p.cv)
-        return mean_s * math.exp(math.sqrt(variance) * draw_normal(random, SERVICE_STREAM) - 0.5 * variance)
+        z = draw_normal(random, SERVICE_STREAM)
+        return float(mean_s * math.exp(math.sqrt(variance) * z - 0.5 * variance))
     x = draw_uniform(random, SERVICE_STREAM) * 100.0
     j = int(x)
     value = grid_s[i, b, j] + (x - j) * (grid_s[i, b, j + 1] - grid_s[i, b, j])
-    return value * mean_s / kind[i, MEAN_S + b]
+    return float(value * mean_s / kind[i, MEAN_S + b])
 
 
 @jit
 def _expected_s(kind: Any, f: Any, i: int, batch: int) -> float:
     """The worker's estimate of the service time of a batch."""
     if batch == 1:
-        return f[i, OWN_SERVICE_S]
-    return f[i, OWN_SERVICE_S] * kind[i, MEAN_S + ((batch - 1) >> 1)] / kind[i, MEAN_S]
+        return float(f[i, OWN_SERVICE_S])
+    return float(f[i, OWN_SERVICE_S] * kind[i, MEAN_S + ((batch - 1) >> 1)] / kind[i, MEAN_S])
 
 
 @jit
 def _start(
-    p: Settings, kind: Any, grid_s: Any, random: Any, q: Any, f: Any, x: Any, limits: Any, count: Any, i: int, now_s: float
+    p: Settings,
+    kind: Any,
+    grid_s: Any,
+    random: Any,
+    q: Any,
+    f: Any,
+    x: Any,
+    limits: Any,
+    count: Any,
+    i: int,
+    now_s: float,
 ) -> None:
     """Instance i, idle at now_s, starts its next batch if the batching rule lets it; the expired are dropped first."""
     places = (q.shape[1] - RING) >> 1
@@ -197,7 +208,7 @@ def _clear_s(kind: Any, q: Any, f: Any, i: int, now_s: float) -> float:
     waiting = q[i, LENGTH] - q[i, SERVING]
     if q[i, SERVING] > 0:
         now_s = max(f[i, STARTED_S] + _expected_s(kind, f, i, q[i, SERVING]), now_s)
-    return now_s + waiting * f[i, OWN_SERVICE_S]
+    return float(now_s + waiting * f[i, OWN_SERVICE_S])
 
 
 @jit
@@ -285,8 +296,8 @@ def _next_arrival(y: System, p: Settings, random: Any, x: Any, z: Any, until_s: 
 def _run_table(y: System, s: State, e: int, sums: Any, until_s: float) -> None:
     """Environment e to until_s under fixed tables, cumulative: one row, or one per phase of the workload."""
     p, kind, grid_s = y.set, y.kind, y.grid_s
-    random, x, z, q, f = s.random[e], s.clock[e], s.index[e], s.queue[e], s.times[e]
-    limits, count, log = s.limits[e], s.count[e], s.log
+    random, x, z, q, f = s.random[e], s.clock[e], s.marks[e], s.queue[e], s.times[e]
+    limits, count, log = s.limits[e], s.tally[e], s.log
     n = kind.shape[0]
     by_phase = sums.shape[0] > 1
     while _next_arrival(y, p, random, x, z, until_s):
@@ -319,7 +330,7 @@ def _set_batches(y: System, s: State, e: int, minimum: Any, maximum: Any) -> Non
         limits[1, r] = maximum[r]
     for i in range(y.kind.shape[0]):
         if q[i, SERVING] == 0 and q[i, LENGTH] > 0:
-            _start(y.set, y.kind, y.grid_s, s.random[e], q, f, x, limits, s.count[e], i, x[NOW_S])
+            _start(y.set, y.kind, y.grid_s, s.random[e], q, f, x, limits, s.tally[e], i, x[NOW_S])
 
 
 @kernel
@@ -333,7 +344,9 @@ def _tables(
 
 
 @jit
-def _believe(y: System, p: Settings, q: Any, f: Any, s: State, e: int, i: int, k: int, served: int, now_s: float) -> None:
+def _believe(
+    y: System, p: Settings, q: Any, f: Any, s: State, e: int, i: int, k: int, served: int, now_s: float
+) -> None:
     """Gateways take in what the last `_finish` and `_start` of instance i made known; k: where its ring was before."""
     places = (q.shape[1] - RING) >> 1
     answered = 0
@@ -351,8 +364,8 @@ def _believe(y: System, p: Settings, q: Any, f: Any, s: State, e: int, i: int, k
 def _advance_in_order(y: System, s: State, e: int, until_s: float, rule: int) -> None:
     """All instances, the central queue and the gateways' views, in order of time up to until_s."""
     p, kind, grid_s = y.set, y.kind, y.grid_s
-    random, x, z, q, f = s.random[e], s.clock[e], s.index[e], s.queue[e], s.times[e]
-    limits, count, log = s.limits[e], s.count[e], s.log
+    random, x, z, q, f = s.random[e], s.clock[e], s.marks[e], s.queue[e], s.times[e]
+    limits, count, log = s.limits[e], s.tally[e], s.log
     n = kind.shape[0]
     gateways = s.view_length.shape[1]
     while True:
@@ -401,8 +414,8 @@ def _advance_in_order(y: System, s: State, e: int, until_s: float, rule: int) ->
 def _run_rule(y: System, s: State, e: int, rule: int, until_s: float) -> None:
     """Environment e to until_s under a per-request rule, as one or several gateways would run it."""
     p, kind, grid_s = y.set, y.kind, y.grid_s
-    random, x, z, q, f = s.random[e], s.clock[e], s.index[e], s.queue[e], s.times[e]
-    limits, count = s.limits[e], s.count[e]
+    random, x, z, q, f = s.random[e], s.clock[e], s.marks[e], s.queue[e], s.times[e]
+    limits, count = s.limits[e], s.tally[e]
     gateways = s.view_length.shape[1]
     while _next_arrival(y, p, random, x, z, until_s):
         now_s = x[NOW_S]
@@ -415,9 +428,14 @@ def _run_rule(y: System, s: State, e: int, rule: int, until_s: float) -> None:
         ident = z[POSITION] - 1
         count[h, ARRIVED] += 1
         draw = draw_uniform(random, ROUTE_STREAM)
-        length, clear_s, service_s, trust = s.view_length[e, g], s.view_clear_s[e, g], s.view_service_s[e, g], s.trust[e, g]
+        length, clear_s, service_s, trust = (
+            s.view_length[e, g],
+            s.view_clear_s[e, g],
+            s.view_service_s[e, g],
+            s.trust[e, g],
+        )
         i = _choose(rule, now_s, p.requirement_s, draw, length, y.capacity, clear_s, service_s, y.rank, trust)
-        if i == rules.HOLD:
+        if i == HOLD:
             places = s.central_s.shape[1]
             if z[CENTRAL_LENGTH] >= places:
                 count[h, QUEUE_FULL] += 1
@@ -435,9 +453,12 @@ def _run_rule(y: System, s: State, e: int, rule: int, until_s: float) -> None:
             continue
         if p.bounce and (
             q[i, LENGTH] >= y.capacity[i]
-            or (q[i, LENGTH] > 0 and _cannot_finish(
-                now_s, now_s + trust[0] * p.requirement_s, _clear_s(kind, q, f, i, now_s), f[i, OWN_SERVICE_S]
-            ))
+            or (
+                q[i, LENGTH] > 0
+                and _cannot_finish(
+                    now_s, now_s + trust[0] * p.requirement_s, _clear_s(kind, q, f, i, now_s), f[i, OWN_SERVICE_S]
+                )
+            )
         ):
             # The worker refuses with its status; the gateway tries one other instance, once.
             count[h, BOUNCED] += 1
@@ -484,7 +505,7 @@ def run_tables(
 
     probabilities float64[E, n], or float64[E, m, n] for a table per phase, changed the moment the phase does;
     minimum, maximum int64[E, ranks]: batch limits, for a system that is batching.
-    Counts and rewards are added to `State.count` and to column REWARD of `State.clock`.
+    Counts and rewards are added to `State.tally` and to column REWARD of `State.clock`.
     """
     tables = probabilities[:, None, :] if probabilities.ndim == 2 else probabilities
     if not np.isfinite(tables).all() or (tables < 0.0).any():

@@ -37,9 +37,7 @@ def shares(rank: IntArray, heavy: FloatArray) -> FloatArray:
     is_heavy, is_light = rank == 0, rank == rank.max()
     if is_heavy.all():
         return np.tile(is_heavy / is_heavy.sum(), (len(heavy), 1))
-    return np.asarray(
-        heavy[:, None] * is_heavy / is_heavy.sum() + (1.0 - heavy)[:, None] * is_light / is_light.sum()
-    )
+    return np.asarray(heavy[:, None] * is_heavy / is_heavy.sum() + (1.0 - heavy)[:, None] * is_light / is_light.sum())
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     curve_path = folder / "curve.json"
     curve: list[dict[str, Any]] = json.loads(curve_path.read_text()) if trainer.update and curve_path.exists() else []
-    writer = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    writer = SummaryWriter(str(folder))
 
     def after(progress: Progress) -> None:
         point: dict[str, Any] | None = None
@@ -63,8 +63,8 @@ def train(
             curve_path.write_text(json.dumps(curve))
             for phase, values in scores.items():
                 for key in ("goodput_ratio", "violation_ratio", "heavy_ratio"):
-                    writer.add_scalar(f"{phase}/{key}", values[key], progress.slots)  # type: ignore[no-untyped-call]
-            writer.add_scalar("reward", progress.reward, progress.slots)  # type: ignore[no-untyped-call]
+                    writer.add_scalar(f"{phase}/{key}", values[key], progress.slots)
+            writer.add_scalar("reward", progress.reward, progress.slots)
             trainer.export(folder, {**(record or {}), "examined": scores})
             trainer.save(folder / "checkpoint.pt")
         if report is not None:
@@ -73,19 +73,19 @@ def train(
     try:
         trainer.run(until_slots, after)
     finally:
-        writer.close()  # type: ignore[no-untyped-call]
+        writer.close()
     return curve
 
 
 def line(progress: Progress, point: dict[str, Any] | None) -> str:
     """One line of progress for people."""
-    text = f"{progress.slots / 1e6:8.2f} M slots  {progress.slots_per_s / 1e3:6.1f} k/s  {progress.left_s / 60:6.1f} min left"
+    text = f"{progress.slots / 1e6:8.2f} M slots  {progress.slots_per_s / 1e3:6.1f} k/s"
+    text += f"  {progress.left_s / 60:6.1f} min left"
     if point is not None:
         parts = [f"  reward {progress.reward:9.4f}"]
         for name, s in point["scores"].items():
-            parts.append(
-                f"{name}: {100 * s['goodput_ratio']:.2f} v {100 * s['violation_ratio']:.2f} h {100 * s['heavy_ratio']:.1f}"
-            )
+            goodput, violations = 100 * s["goodput_ratio"], 100 * s["violation_ratio"]
+            parts.append(f"{name}: {goodput:.2f} v {violations:.2f} h {100 * s['heavy_ratio']:.1f}")
         text += "  |  ".join(parts)
     return text
 
@@ -102,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt if it exists")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a number of the preset")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a number of the preset"
+    )
     parser.add_argument("--minutes", type=float, default=None, help="stop at the first update after this long")
     given = parser.parse_args(arguments)
     chosen = preset(given.preset, given.slots)

@@ -89,9 +89,7 @@ class MarkovianArrivalProcess:
         self.d1 = np.array(d1, dtype=np.float64)
         _check_matrices(self.d0, self.d1)
         self.phases = len(self.d0)
-        self.phase_names = (
-            tuple(f"phase{i}" for i in range(self.phases)) if phase_names is None else tuple(phase_names)
-        )
+        self.phase_names = tuple(f"phase{i}" for i in range(self.phases)) if phase_names is None else tuple(phase_names)
         if len(self.phase_names) != self.phases or len(set(self.phase_names)) != self.phases:
             raise ValueError(f"{self.phases} phases need as many different names, not {self.phase_names}")
 
