@@ -16,7 +16,7 @@ BUILT_IN_FOLDER = Path(__file__).parent / "catalog"
 # Body of a request that pins a variant and brings its input tensor: raw little-endian values, row-major.
 TENSOR_CONTENT_TYPE = "application/x-tidegate-tensor"
 
-RuntimeName = Literal["onnxruntime", "emulated"]
+RuntimeName = Literal["onnxruntime", "openvino", "torch", "emulated"]
 AccuracySource = Literal["measured", "published", "modelled", "none"]
 
 _Name = Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
@@ -84,6 +84,8 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     input: Input = Input()
     preprocess: Preprocess = Preprocess()
     output: Literal["logits", "probabilities"] = "logits"
+    # Of the arithmetic, where a runtime can choose: "float16" halves GPU time and may cost accuracy.
+    precision: Literal["float32", "float16"] = "float32"
     memory_mb: _NotNegative = 0.0
     accuracy: Accuracy = Accuracy()
     emulated: Emulation | None = None

@@ -2,7 +2,8 @@
 
 The result is a Triton-style repository: `FOLDER/NAME/1/model.onnx`, its class names, and `FOLDER/NAME.toml`, the
 entry that `--catalog FOLDER` reads. Weights come from timm (downloaded), from a file of yours, or are random;
-random ones have no accuracy, and the entry says so. Every export is checked: ONNX must equal torch to 1e-3.
+random ones have no accuracy, and the entry says so. Every
+export is checked: the file must equal the network to 1e-3 of the largest output.
 """
 
 import json
@@ -43,32 +44,42 @@ def export(
     folder: Path,
     *,
     weights: str = "timm",
+    runtime: str = "onnxruntime",
+    precision: str = "float32",
     seed: int = 0,
     on_step: Callable[[str], None] = lambda step: None,
 ) -> Variant:
     """Export `name` into `folder`; gives the variant as the catalog will read it.
 
-    `weights` is "timm", "random" (drawn by `seed`) or the path of a state dict (.safetensors, .pth).
-    Raises `VariantError` if the name, the weights or a package is missing, or the file differs from torch.
+    `weights` is "timm", "random" (drawn by `seed`) or the path of a state dict (.safetensors, .pth). `runtime` is
+    what the entry asks for: "onnxruntime" and "openvino" read an ONNX file, "torch" a .pt2 program; the latter
+    two append their name to the variant's. Raises `VariantError` if the name, the weights or a package is
+    missing, or the file differs from torch.
     """
     if name not in SOURCES:
         raise VariantError("export", "name", name, f"choose one of {', '.join(SOURCES)}")
+    if runtime not in ("onnxruntime", "openvino", "torch"):
+        raise VariantError("export", "runtime", runtime, "choose onnxruntime, openvino or torch")
     source = SOURCES[name]
+    called = name if runtime == "onnxruntime" else f"{name}_{runtime}"
     on_step("building the network")
     network, settings = _network(source, weights, seed)
-    file = folder / name / "1" / "model.onnx"
+    file = folder / called / "1" / ("model.pt2" if runtime == "torch" else "model.onnx")
     file.parent.mkdir(parents=True, exist_ok=True)
-    on_step("translating it to ONNX")
-    _to_onnx(network, source.side, file)
-    on_step("comparing ONNX with torch")
+    on_step("translating it")
+    _write_file(network, source.side, file)
+    on_step("comparing the file with the network")
     difference = largest_difference(network, file, source.side)
     if not difference <= TOLERANCE:
         file.unlink()
-        raise VariantError("export", name, difference, f"ONNX differs from torch by more than {TOLERANCE}")
+        raise VariantError("export", name, difference, f"differs from torch by more than {TOLERANCE}")
     on_step("writing its catalog entry")
-    (folder / name / "labels.txt").write_text("\n".join(_class_names()) + "\n", encoding="utf-8")
-    entry = folder / f"{name}.toml"
-    entry.write_text(_entry(name, source, settings, weights, difference), encoding="utf-8")
+    (folder / called / "labels.txt").write_text("\n".join(_class_names()) + "\n", encoding="utf-8")
+    entry = folder / f"{called}.toml"
+    text = entry_text(
+        called, file.name, source, settings, weights, runtime=runtime, precision=precision, difference=difference
+    )
+    entry.write_text(text, encoding="utf-8")
     return read_variant(entry)
 
 
@@ -77,17 +88,16 @@ def largest_difference(network: Any, file: Path, side: int, batch_sizes: tuple[i
 
     Relative to the largest logit, so that it means the same for trained and for random weights.
     """
-    import onnxruntime
     import torch
 
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    run = _runner(file)
     generator = torch.Generator().manual_seed(0)
     largest = 0.0
     for size in batch_sizes:
         images = torch.randn(size, 3, side, side, generator=generator)
         with torch.no_grad():
             expected = network(images).numpy()
-        got = session.run(None, {"input": images.numpy()})[0]
+        got = run(images)
         largest = max(largest, float(np.abs(got - expected).max() / np.abs(expected).max()))
     return largest
 
@@ -152,21 +162,36 @@ def _load(network: Any, file: Path) -> None:
         raise VariantError("export", "weights", str(file), remedy) from error
 
 
-def _to_onnx(network: Any, side: int, file: Path) -> None:
-    """Write one file with a free batch axis, input `input` and output `logits`."""
+def _runner(file: Path) -> Callable[[Any], Any]:
+    """A function from a torch tensor to the file's outputs as numpy."""
+    if file.suffix == ".onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        return lambda images: session.run(None, {"input": images.numpy()})[0]
     import torch
 
-    program = torch.onnx.export(
-        network,
-        (torch.zeros(2, 3, side, side),),
-        input_names=["input"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},),
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    program.save(str(file), external_data=False)
+    module = torch.export.load(str(file)).module()
+
+    def run(images: Any) -> Any:
+        with torch.no_grad():
+            return module(images).numpy()
+
+    return run
+
+
+def _write_file(network: Any, side: int, file: Path) -> None:
+    """Write one file with a free batch axis (1 to 64), input `input` and output `logits`."""
+    import torch
+
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(network, (torch.zeros(2, 3, side, side),), dynamic_shapes=({0: batch},))
+    if file.suffix == ".pt2":
+        torch.export.save(program, str(file))
+        return
+    onnx = torch.onnx.export(program, input_names=["input"], output_names=["logits"], dynamo=True, verbose=False)
+    assert onnx is not None
+    onnx.save(str(file), external_data=False)
 
 
 def _class_names() -> list[str]:
@@ -177,19 +202,30 @@ def _class_names() -> list[str]:
     return [str(info.index_to_description(index)) for index in range(info.num_classes())]  # type: ignore[no-untyped-call]
 
 
-def _entry(name: str, source: Source, settings: dict[str, Any], weights: str, difference: float) -> str:
+def entry_text(
+    name: str,
+    file_name: str,
+    source: Source,
+    settings: dict[str, Any],
+    weights: str,
+    *,
+    runtime: str = "onnxruntime",
+    precision: str = "float32",
+    difference: float,
+) -> str:
     """The variant's TOML, with timm's preprocessing in the catalog's words."""
     resize = math.floor(source.side / settings["crop_pct"])
     accuracy = 'source = "none"'
     if weights == "timm" and source.accuracy is not None:
         accuracy = f'value = {source.accuracy}\nsource = "published"\nnote = "ImageNet top-1, timm"'
     origin = {"timm": f"timm {source.architecture}", "random": "RANDOM: answers mean nothing"}.get(weights, weights)
-    return f"""# Written by: tidegate models export {name} --weights {weights}
+    return f"""# Written by `tidegate models export` (weights: {weights}).
 # Compared with torch: largest difference {difference:.1e} of the largest logit.
 name = "{name}"
 service = "imagenet"
-runtime = "onnxruntime"
-path = "{name}/1/model.onnx"
+runtime = "{runtime}"
+precision = "{precision}"
+path = "{name}/1/{file_name}"
 labels = "{name}/labels.txt"
 memory_mb = {source.memory_mb}
 description = {json.dumps(f"{source.architecture} at {source.side} pixels, weights: {origin}")}

@@ -1,34 +1,23 @@
-"""How a variant runs: one interface over onnxruntime and emulation.
+"""How a variant runs: one interface over onnxruntime, torch, OpenVINO and emulation.
 
     payload ── prepare (any thread) ──► Prepared ── execute (the executor's thread) ──► Answer
 
-`open_runtime` is the only door: it checks that the device asked for is really there, because onnxruntime
-falls back to the CPU without a word. This is the only file that imports onnxruntime.
+`open_runtime` is the only door. Each library is imported by its own file (`onnx_runtime.py`,
+`torch_runtime.py`, `openvino_runtime.py`), and only when a variant asks for it.
 """
 
-import contextlib
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol, cast
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from models.catalog import Emulation, Variant, VariantError
-from models.preprocess import MAX_PIXELS, InvalidInput, Prepared, Tensor, prepare
-
-if TYPE_CHECKING:
-    import onnxruntime
+from models.preprocess import MAX_PIXELS, InvalidInput, Prepared, Tensor
 
 LABEL_PREFIX = b"tidegate-label:"
-
-_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-}
 
 
 class Answer(msgspec.Struct, frozen=True, eq=False):
@@ -74,6 +63,16 @@ def open_runtime(
     """
     if variant.runtime == "emulated":
         return EmulatedRuntime(variant, seed=seed)
+    if variant.runtime == "torch":
+        from models.torch_runtime import TorchRuntime
+
+        return TorchRuntime(variant, device=device, threads=threads, max_pixels=max_pixels)
+    if variant.runtime == "openvino":
+        from models.openvino_runtime import OpenvinoRuntime
+
+        return OpenvinoRuntime(variant, device=device, threads=threads, max_pixels=max_pixels)
+    from models.onnx_runtime import OnnxRuntime
+
     return OnnxRuntime(variant, device=device, threads=threads, max_pixels=max_pixels)
 
 
@@ -132,49 +131,6 @@ class EmulatedRuntime:
         return scores
 
 
-class OnnxRuntime:
-    """An ONNX file in onnxruntime, on the CPU or through the CUDA or TensorRT provider."""
-
-    def __init__(
-        self, variant: Variant, *, device: str = "cpu", threads: int = 1, max_pixels: int = MAX_PIXELS
-    ) -> None:
-        self.variant = variant
-        self._max_pixels = max_pixels
-        self._session = _open_session(variant, device, threads)
-        self._fixed_batch = _check_session(self._session, variant)
-
-    def prepare(self, payload: bytes, content_type: str) -> Prepared:
-        """Decode and preprocess one request body. Raises `InvalidInput`."""
-        return prepare(payload, content_type, self.variant, self._max_pixels)
-
-    def execute(self, batch: Sequence[Prepared]) -> list[Answer]:
-        """Answers in order. A file exported for a batch of one is run once per input."""
-        tensors = [prepared.tensor for prepared in batch if prepared.tensor is not None]
-        if len(tensors) != len(batch):
-            raise ValueError("an input was prepared by another runtime: it carries no tensor")
-        groups = [[tensor] for tensor in tensors] if self._fixed_batch else [tensors]
-        answers: list[Answer] = []
-        for group in groups:
-            (outputs,) = self._session.run([self._output], {self.variant.input.name: np.stack(group)})
-            answers += to_answers(np.asarray(outputs), self.variant)
-        return answers
-
-    def warm_up(self) -> None:
-        """Run twice on a blank input: the first run plans memory, the second uses the plan."""
-        blank = Prepared(tensor=blank_tensor(self.variant))
-        for _ in range(2):
-            self.execute([blank])
-
-    def close(self) -> None:
-        """Drop the session; onnxruntime frees its memory with it."""
-        with contextlib.suppress(AttributeError):
-            del self._session
-
-    @property
-    def _output(self) -> str:
-        return str(self._session.get_outputs()[0].name)
-
-
 def batch_factor(fixed_share: float, batch_size: int) -> float:
     """How many times d(1) a batch takes: a + (1 - a) * b. Raises `ValueError` below a batch of 1."""
     if batch_size < 1:
@@ -187,6 +143,21 @@ def blank_tensor(variant: Variant) -> Tensor:
     if variant.input.dtype == "float16":
         return np.zeros(variant.input.shape, dtype=np.float16)
     return np.zeros(variant.input.shape, dtype=np.float32)
+
+
+def stacked(batch: Sequence[Prepared]) -> Tensor:
+    """The inputs of a batch as one array [batch, channels, height, width]. Raises `ValueError` if one has none."""
+    tensors = [prepared.tensor for prepared in batch if prepared.tensor is not None]
+    if not tensors or len(tensors) != len(batch):
+        raise ValueError("an input was prepared by another runtime: it carries no tensor")
+    return cast(Tensor, np.stack(tensors))
+
+
+def check_file(variant: Variant) -> None:
+    """Raises `VariantError` unless the variant's file is there."""
+    if not Path(variant.path).is_file():
+        remedy = "no such file; `tidegate models export` makes the built-in ImageNet models"
+        raise VariantError(variant.name, "path", variant.path, remedy)
 
 
 def to_answers(outputs: npt.NDArray[np.floating], variant: Variant) -> list[Answer]:
@@ -206,73 +177,3 @@ def _draw_ms(law: Emulation, rng: np.random.Generator) -> float:
         sigma_squared = np.log1p(law.cv**2)
         return float(law.service_ms * rng.lognormal(-sigma_squared / 2.0, np.sqrt(sigma_squared)))
     return law.service_ms
-
-
-def _open_session(variant: Variant, device: str, threads: int) -> "onnxruntime.InferenceSession":
-    """An onnxruntime session whose first provider is the one asked for. Raises `VariantError`."""
-    if device not in _PROVIDERS:
-        raise VariantError(variant.name, "device", device, f"choose one of {', '.join(_PROVIDERS)}")
-    if not Path(variant.path).is_file():
-        remedy = "no such file; `tidegate models export` makes the built-in ImageNet models"
-        raise VariantError(variant.name, "path", variant.path, remedy)
-    _refuse_both_wheels(variant)
-    try:
-        import onnxruntime
-    except ImportError as error:
-        remedy = 'pip install "tidegate[cpu]" or "tidegate[gpu]"'
-        raise VariantError(variant.name, "runtime", variant.runtime, remedy) from error
-    provider = _PROVIDERS[device]
-    available = onnxruntime.get_available_providers()
-    if provider not in available:
-        remedy = f'this onnxruntime has only {available}; install onnxruntime-gpu or set device = "cpu"'
-        raise VariantError(variant.name, "device", device, remedy)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    # Spinning threads take the core that the gateway or a neighbour needs.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    options.log_severity_level = 3
-    wanted = list(dict.fromkeys((provider, "CPUExecutionProvider")))
-    try:
-        session = onnxruntime.InferenceSession(variant.path, options, providers=wanted)
-    except Exception as error:  # onnxruntime raises a dozen kinds for broken files, none with a common base
-        raise VariantError(variant.name, "path", variant.path, f"cannot be loaded ({error})") from error
-    if session.get_providers()[0] != provider:
-        remedy = f"onnxruntime fell back to {session.get_providers()}: check driver and CUDA libraries"
-        raise VariantError(variant.name, "device", device, remedy)
-    return session
-
-
-def _refuse_both_wheels(variant: Variant) -> None:
-    """The CPU and the GPU wheel share one module: whichever was installed last has overwritten the other."""
-    installed = []
-    for wheel in ("onnxruntime", "onnxruntime-gpu"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.version(wheel)
-            installed.append(wheel)
-    if len(installed) == 2:
-        remedy = "both wheels are installed and overwrite each other: uninstall both, then install one"
-        raise VariantError(variant.name, "runtime", " + ".join(installed), remedy)
-
-
-def _check_session(session: "onnxruntime.InferenceSession", variant: Variant) -> bool:
-    """Hold the file against its entry; gives back whether it takes batches of one only."""
-    inputs = {item.name: item for item in session.get_inputs()}
-    if set(inputs) != {variant.input.name}:
-        raise VariantError(variant.name, "input.name", variant.input.name, f"the file has {sorted(inputs)}")
-    found = inputs[variant.input.name]
-    wanted_type = {"float32": "tensor(float)", "float16": "tensor(float16)"}[variant.input.dtype]
-    if found.type != wanted_type:
-        raise VariantError(variant.name, "input.dtype", variant.input.dtype, f"the file takes {found.type}")
-    lengths = zip(found.shape[1:], variant.input.shape, strict=False)
-    if len(found.shape) != 4 or any(isinstance(have, int) and have != want for have, want in lengths):
-        shape = list(variant.input.shape)
-        raise VariantError(variant.name, "input.shape", shape, f"the file takes {found.shape} (batch first)")
-    if isinstance(found.shape[0], int) and found.shape[0] != 1:
-        remedy = f"the file is fixed to batches of {found.shape[0]}: export it with a free batch axis"
-        raise VariantError(variant.name, "path", variant.path, remedy)
-    classes = session.get_outputs()[0].shape[-1]
-    if isinstance(classes, int) and classes != variant.classes:
-        raise VariantError(variant.name, "labels", variant.classes, f"the file gives {classes} classes")
-    return isinstance(found.shape[0], int)

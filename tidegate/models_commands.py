@@ -96,6 +96,8 @@ def profile(
 def export(
     name: Annotated[str, typer.Argument(help="efficientnet_b0, pnasnet5large or pnasnet5large_224.")],
     weights: Annotated[str, typer.Option(help="timm (downloads), random, or a state dict's path.")] = "timm",
+    runtime: Annotated[str, typer.Option(help="onnxruntime, openvino or torch.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="float32, or float16 where a GPU can.")] = "float32",
     out: Annotated[Path, typer.Option("--out", "-o", help="The model repository.")] = Path("model_repository"),
     seed: Annotated[int, typer.Option(help="For random weights.")] = 0,
     as_json: AsJson = False,
@@ -111,7 +113,9 @@ def export(
         raise typer.Exit(2) from error
 
     with _explained(), _notes.status("starting") as status:
-        variant = export_model(name, out, weights=weights, seed=seed, on_step=status.update)
+        variant = export_model(
+            name, out, weights=weights, runtime=runtime, precision=precision, seed=seed, on_step=status.update
+        )
     if as_json:
         print(msgspec.json.encode(_summary(variant) | {"path": variant.path}).decode())
         return

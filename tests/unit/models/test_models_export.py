@@ -32,7 +32,7 @@ def entry_of(name: str, folder: Path) -> Variant:
     source = exporting.SOURCES[name]
     network = timm.create_model(source.architecture, pretrained=False)
     settings = resolve_data_config({}, model=network)  # type: ignore[no-untyped-call]
-    text = exporting._entry(name, source, settings, "random", 0.0)
+    text = exporting.entry_text(name, "model.onnx", source, settings, "random", difference=0.0)
     (folder / name).mkdir(exist_ok=True)
     (folder / name / "labels.txt").write_text("\n".join(exporting._class_names()) + "\n")
     return variant_from(msgspec.toml.decode(text), name, folder)
@@ -76,15 +76,19 @@ def test_class_names_are_imagenets(tmp_path: Path) -> None:
 
 
 def test_random_weights_have_no_accuracy_and_published_ones_say_so() -> None:
-    settings = {"crop_pct": 0.875, "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic"}
+    settings: dict[str, object] = {"crop_pct": 0.875, "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic"}
     source = exporting.SOURCES["efficientnet_b0"]
-    random = exporting._entry("efficientnet_b0", source, settings, "random", 0.0)
+
+    def text(chosen: exporting.Source, weights: str) -> str:
+        return exporting.entry_text("x", "model.onnx", chosen, settings, weights, difference=0.0)
+
+    random = text(source, "random")
     assert 'source = "none"' in random
     assert "RANDOM" in random
-    published = exporting._entry("efficientnet_b0", source, settings, "timm", 0.0)
+    published = text(source, "timm")
     assert "value = 0.7769" in published
     assert 'source = "published"' in published
-    at_224 = exporting._entry("p", exporting.SOURCES["pnasnet5large_224"], settings, "timm", 0.0)
+    at_224 = text(exporting.SOURCES["pnasnet5large_224"], "timm")
     assert 'source = "none"' in at_224
 
 
@@ -100,13 +104,17 @@ def test_wrong_names_and_weights_are_refused_with_a_remedy(tmp_path: Path) -> No
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's exporter, to itself
-@pytest.mark.parametrize("name", ["efficientnet_b0"])
-def test_the_exported_file_equals_torch_and_serves(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("kind", ["onnxruntime", "openvino", "torch"])
+def test_the_exported_file_equals_torch_and_serves(tmp_path: Path, kind: str) -> None:
     import torch
     from safetensors.torch import save_file
 
-    variant = exporting.export(name, tmp_path, weights="random", seed=3)
-    assert load_catalog([tmp_path])[name] == variant
+    name = "efficientnet_b0"
+    if kind == "openvino" and importlib.util.find_spec("openvino") is None:
+        pytest.skip("needs openvino: pip install openvino")
+    variant = exporting.export(name, tmp_path, weights="random", runtime=kind, seed=3)
+    assert load_catalog([tmp_path])[variant.name] == variant
+    assert variant.runtime == kind
     network, _ = exporting._network(exporting.SOURCES[name], "random", 3)
     runtime = open_runtime(variant)
     batch = [runtime.prepare(file.read_bytes(), "image/jpeg") for file in PHOTOGRAPHS]

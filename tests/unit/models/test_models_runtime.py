@@ -15,8 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from models.catalog import Accuracy, Emulation, Input, Preprocess, Variant, VariantError, read_variant
+from models.onnx_runtime import OnnxRuntime
 from models.preprocess import InvalidInput, Prepared
-from models.runtime import Answer, EmulatedRuntime, OnnxRuntime, batch_factor, open_runtime
+from models.runtime import Answer, EmulatedRuntime, batch_factor, open_runtime
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
