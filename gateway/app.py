@@ -181,16 +181,26 @@ def _json(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
 
-def _error(description: str) -> dict[str, Any]:
+def _headers(**others: str) -> dict[str, Any]:
+    """Response headers for the document, by name with _ for -."""
+    described = {"X-Request-Id": "The request's, or the one it was given."} | {
+        name.replace("_", "-"): text for name, text in others.items()
+    }
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in described.items()}
+
+
+def _error(description: str, **headers: str) -> dict[str, Any]:
     schema = {
         "type": "object",
         "required": ["error", "code"],
         "properties": {"error": {"type": "string"}, "code": {"type": "string"}, "id": {"type": "string"}},
     }
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
+    content = {"application/json": {"schema": schema}}
+    return {"description": description, "headers": _headers(**headers), "content": content}
 
 
 _NUMBER = {"type": "number"}
+_RETRY_AFTER = "Seconds until a place may be free."
 _ANSWER_SCHEMA: dict[str, Any] = {
     "type": "object",
     "properties": {
@@ -246,18 +256,19 @@ INFER_OPERATION: dict[str, Any] = {
     "responses": {
         "200": {
             "description": "OK, or LATE with the header X-Tidegate-Late: 1",
+            "headers": _headers(X_Tidegate_Late="1 if the answer came after the deadline, else absent."),
             "content": {"application/json": {"schema": _ANSWER_SCHEMA}},
         },
         "400": _error("INVALID: an empty or unreadable image, a bad header"),
         "404": _error("INVALID: no such service"),
-        "405": _error("INVALID: only POST"),
+        "405": _error("INVALID: only POST", Allow="POST"),
         "408": _error("INVALID: the body came too slowly"),
         "413": _error("INVALID: too many bytes or pixels"),
         "415": _error("INVALID: content type not accepted"),
         "422": _error("INVALID: the tensor does not fit the model"),
-        "429": _error("QUEUE_FULL: retry after the header Retry-After"),
+        "429": _error("QUEUE_FULL", Retry_After=_RETRY_AFTER),
         "500": _error("FAILED: the model raised"),
-        "503": _error("UNAVAILABLE: no ready instance; retry after the header Retry-After"),
+        "503": _error("UNAVAILABLE: no ready instance", Retry_After=_RETRY_AFTER),
         "504": _error("EXPIRED: it could not finish in time (or LATE where the service answers lateness with errors)"),
     },
 }

@@ -314,7 +314,7 @@ def test_an_endless_chunked_body_is_refused(system: RunningSystem) -> None:
         assert one(read_until_closed(connection)).status == 413
 
 
-@pytest.mark.parametrize("method, path", [("PUT", "/admin/deployment"), ("PUT", "/admin/services/digits/router")])
+@pytest.mark.parametrize(("method", "path"), [("PUT", "/admin/deployment"), ("PUT", "/admin/services/digits/router")])
 def test_an_admin_body_is_bounded_too(system: RunningSystem, method: str, path: str) -> None:
     with system.raw() as connection:
         connection.sendall(request(b"", path=path, method=method, length=10**9))

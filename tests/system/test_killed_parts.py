@@ -5,8 +5,9 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
+import aiohttp
 import pytest
 
 from tests.fakes.running_system import (
@@ -27,9 +28,7 @@ name = "killed"
 variants = ["efficientnet_b0_t4"]
 requirement_ms = 2000
 router = "uniform"
-""" + "".join(
-    f'[[workers]]\nname = "{name}"\ninstances = [{{ variant = "efficientnet_b0_t4" }}]\n' for name in "abcd"
-)
+""" + "".join(f'[[workers]]\nname = "{name}"\ninstances = [{{ variant = "efficientnet_b0_t4" }}]\n' for name in "abcd")
 
 
 @pytest.fixture(scope="module")
@@ -152,12 +151,13 @@ def test_a_worker_that_dies_while_the_board_is_away_rejoins_once_it_is_back(syst
     asyncio.run(run())
 
 
-async def _deployment(session, system):  # type: ignore[no-untyped-def]
+async def _deployment(session: aiohttp.ClientSession, system: RunningSystem) -> dict[str, Any]:
     async with session.get(f"{system.url}/admin/deployment") as response:
-        return await response.json()
+        answer: dict[str, Any] = await response.json()
+        return answer
 
 
-async def _change_router(session, system, router):  # type: ignore[no-untyped-def]
+async def _change_router(session: aiohttp.ClientSession, system: RunningSystem, router: str) -> None:
     url = f"{system.url}/admin/services/imagenet/router"
     async with session.put(url, json={"router": router}) as response:
         assert response.status == 200, await response.text()
