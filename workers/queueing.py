@@ -159,6 +159,8 @@ class BoundedQueue:
 
     def next_expiry_s(self, least_s: float) -> float | None:
         """When `expire` would next find something, if nothing starts until then; None if nothing can expire."""
+        if not self._line:
+            return None
         return min((entry.deadline_s - least_s for entry in self._line if entry.expire), default=None)
 
     def end_all(self, attempt: Attempt) -> list[Entry]:

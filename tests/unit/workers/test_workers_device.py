@@ -15,6 +15,7 @@ from workers.device import Device, LoopClock
 from workers.host import Host
 from workers.instance import Instance, Request
 from workers.preparing import Preparer
+from workers.queueing import EntryState
 
 Bench = Any  # of this folder's conftest.py
 
@@ -79,5 +80,25 @@ def test_real_runtimes_prepare_aside_and_keep_the_order(bench: Bench, eventually
         assert len(runtime.threads) == 1
         preparer.close()
         device.close()
+
+    asyncio.run(scenario())
+
+
+def test_who_has_left_is_not_decoded(bench: Bench, eventually: Any) -> None:
+    """One thread, held by the first; the second leaves before its turn, the third is prepared after the first."""
+
+    async def scenario() -> None:
+        runtime = ThreadedRuntime(bench.add("donor", 1.0).runtime.variant)
+        preparer = Preparer(1)
+        prepared: list[int] = []
+        requests = [Request(Infer("a", 60.0), payload, 0.0, 0, lambda *_: None) for payload in (b"0", b"1", b"2")]
+        for request in requests:
+            request.state = EntryState.PREPARING
+            preparer.submit(request, runtime, lambda outcome: prepared.append(getattr(outcome, "label", -1)))
+        requests[1].state = EntryState.GONE
+        runtime.gate.set()
+        await eventually(lambda: 2 in prepared)
+        assert prepared == [0, 2]
+        preparer.close()
 
     asyncio.run(scenario())

@@ -160,6 +160,18 @@ def test_expiry_goes_before_compute(bench: Bench) -> None:
     assert bench.host.status()[0].counts[Attempt.OK] == 2
 
 
+def test_expiry_does_not_wait_for_its_timer(make_bench: Callable[..., Bench]) -> None:
+    """The expiry timer is very late (a busy loop): the end of the service ahead finds the hopeless one all the same."""
+    lateness = iter([0.0, 100.0] + [0.0] * 10)
+    bench = make_bench(lambda: next(lateness))
+    instance = bench.add("a", 1.0)
+    instance.runtime = EmulatedRuntime(_slower(instance.runtime.variant))
+    bench.send("a")
+    hopeless = bench.send("a", budget_s=2.5, flags=EXPIRE)
+    bench.clock.advance_to(3.0)
+    assert bench.reply_to(hopeless).attempt == Attempt.EXPIRED
+
+
 def _slower(variant: Any) -> Any:
     return msgspec.structs.replace(variant, emulated=msgspec.structs.replace(variant.emulated, service_ms=3000.0))
 
@@ -223,15 +235,19 @@ def test_the_answers_two_forms(bench: Bench) -> None:
 def test_draining_starts_what_waited_for_company_and_says_when_empty(bench: Bench) -> None:
     """Two wait for a third; draining serves them, refuses others, and reports the empty queue."""
     instance = bench.add("a", 1.0, batch=(3, 3))
+    for _ in range(3):
+        bench.send("a")
+    bench.clock.advance_to(5.0)
+    assert not instance.emptied.is_set(), "empty, but not draining"
     bench.send("a")
     bench.send("a")
     instance.state = InstanceState.DRAINING
     bench.host.drain(instance)
     assert bench.reply_to(bench.send("a")).attempt == Attempt.UNAVAILABLE
     assert not instance.emptied.is_set()
-    bench.clock.advance_to(10.0)
+    bench.clock.advance_to(20.0)
     assert instance.emptied.is_set()
-    assert instance.queue.arrived == sum(instance.queue.counts) == 3
+    assert instance.queue.arrived == sum(instance.queue.counts) == 6
 
 
 def test_conservation_random(make_bench: Callable[..., Bench]) -> None:

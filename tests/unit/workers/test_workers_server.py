@@ -5,9 +5,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from protocol.frames import Frame, Kind
+from protocol.frames import Frame, FrameReader, Kind
 from protocol.outcomes import Attempt
-from protocol.records import Infer
+from protocol.records import Infer, Reply
 from workers.server import Caller
 
 Bench = Any  # of this folder's conftest.py
@@ -58,6 +58,21 @@ def test_a_connection_that_ends_cancels_its_requests(bench: Bench) -> None:
     bench.clock.advance_to(5.0)
     assert instance.queue.counts[Attempt.CANCELLED] == 3
     assert wire.written == b"", "nothing is sent to who has gone"
+
+
+def test_cancel_names_a_request_of_this_connection(bench: Bench) -> None:
+    """The waiting one is answered CANCELLED at once; an id that is not here is nobody's fault."""
+    instance = bench.add("a", 1.0)
+    caller, wire = Caller("w", bench.host, set()), Wire()
+    caller.connection.connection_made(wire)  # type: ignore[arg-type]
+    for number in (1, 2):
+        caller._on_frame(caller.connection, frame(Kind.INFER, number, Infer("a", 60.0), b"x"))
+    for number in (2, 77):
+        caller._on_frame(caller.connection, frame(Kind.CANCEL, number))
+    (sent,) = FrameReader().feed(wire.written)
+    assert (sent.kind, sent.request_id) == (Kind.REPLY, 2)
+    assert msgspec.msgpack.decode(sent.meta, type=Reply).attempt == Attempt.CANCELLED
+    assert instance.queue.length == 1
 
 
 @pytest.mark.parametrize(
