@@ -2,7 +2,15 @@
 
 import typer
 
-from tidegate import bench_commands, demo_command, models_commands, placement_commands, replay_commands, up_command
+from tidegate import (
+    bench_commands,
+    demo_command,
+    models_commands,
+    placement_commands,
+    replay_commands,
+    routing_commands,
+    up_command,
+)
 
 app = typer.Typer(
     help="An edge inference server that keeps its latency promise through bursts by choosing which model answers.",
@@ -23,6 +31,7 @@ app.command("replay")(replay_commands.replay)
 app.command("compare")(replay_commands.compare)
 app.add_typer(models_commands.app, name="models")
 app.add_typer(bench_commands.app, name="bench")
+app.add_typer(routing_commands.app, name="routing")
 app.add_typer(placement_commands.app, name="placement")
 
 if __name__ == "__main__":
