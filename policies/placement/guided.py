@@ -87,7 +87,7 @@ class GuidedTrainer:
             while step < target and not run.out_of_time():
                 self.update(run.share(step))
                 step += settings.minibatch
-        record = {"steps": step, "seconds": run.elapsed_s(), "held_out_reward_per_slot": best}
+        record = {"steps": step, "processor_s": run.elapsed_s(), "held_out_reward_per_slot": best}
         save_artifact(run.folder / "actors", settings, self.shape, best_actors, record)
         return best_actors
 

@@ -94,7 +94,7 @@ class HappoLearner:
                 break
             self.iterate()
             step += self.rollout
-        record = {"steps": step, "seconds": run.elapsed_s(), **figures}
+        record = {"steps": step, "processor_s": run.elapsed_s(), **figures}
         save_artifact(run.folder / "actors", settings, self.shape, self.actors, record)
         return self.actors
 

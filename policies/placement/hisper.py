@@ -118,7 +118,7 @@ class SoftLearner:
                 step += settings.environments
                 for _ in range(step // settings.interval - before):
                     loss = self.update(settings.alpha_at(run.share(step)))
-        record = {"steps": step, "updates": self.updates, "seconds": run.elapsed_s(), **figures}
+        record = {"steps": step, "updates": self.updates, "processor_s": run.elapsed_s(), **figures}
         save_artifact(run.folder / "actors", settings, self.shape, self.actors, record)
         return self.actors
 

@@ -59,7 +59,7 @@ class Settings:
     steps: int = 600_000
     evaluate_every: int = 2_000
     evaluation_slots: int = 1_000
-    limit_s: float = 0.0  # 0: no limit
+    limit_s: float = 0.0  # processor seconds; 0: no limit
     # How the actors decide (see `actors.py`) and, for `guided.py`, train.
     masked: bool = False  # drop actions that the formulas rule out for the agent's own request
     sampled: bool = False  # draw actions also when serving, instead of taking the likeliest
@@ -166,14 +166,14 @@ class Run:
     def __init__(self, settings: Settings, folder: Path) -> None:
         """Name the folder; `open` makes it."""
         self.settings, self.folder = settings, folder
-        self.started, self.first_step = 0.0, 0
+        self.started, self.began, self.first_step = 0.0, 0.0, 0
         self.writer: Any = None
 
     def open(self, step: int) -> None:
         """Start the clock of the progress line (training resumes at `step`)."""
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "settings.json").write_text(json.dumps(asdict(self.settings), indent=1))
-        self.started, self.first_step = time.monotonic(), step
+        self.started, self.began, self.first_step = time.process_time(), time.monotonic(), step
         try:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -182,8 +182,8 @@ class Run:
             print("tensorboard is not installed: no event files (curve.jsonl holds the same figures)", file=sys.stderr)
 
     def elapsed_s(self) -> float:
-        """Seconds since `open`."""
-        return time.monotonic() - self.started
+        """Processor seconds since `open`: a busy machine or a stopped process does not cut a run short."""
+        return time.process_time() - self.started
 
     def share(self, step: int) -> float:
         """How much of the run is over, 0 to 1."""
@@ -202,7 +202,13 @@ class Run:
             left = min(left, self.settings.limit_s - elapsed)
         shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
         print(f"step {step:>8}  {elapsed:7.1f} s  {left:6.0f} s left  {shown}", file=sys.stderr, flush=True)
-        row = {"step": step, "elapsed_s": round(elapsed, 3), **{k: round(v, 6) for k, v in figures.items()}}
+        wall_s = time.monotonic() - self.began
+        row = {
+            "step": step,
+            "processor_s": round(elapsed, 3),
+            "wall_s": round(wall_s, 3),
+            **{k: round(v, 6) for k, v in figures.items()},
+        }
         with (self.folder / "curve.jsonl").open("a") as file:
             file.write(json.dumps(row) + "\n")
         if self.writer is not None:
