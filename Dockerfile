@@ -1,0 +1,75 @@
+# Tidegate's images. Targets: cpu (gateway, scheduler, CPU workers; no torch), gpu (workers on NVIDIA GPUs),
+# export (builds model files with torch; runs once), loadgen (with images to send). The source stays a checkout at
+# /app: see pyproject.toml.
+FROM python:3.11.13-slim-bookworm AS base
+ENV PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PATH=/venv/bin:$PATH
+WORKDIR /app
+# A fixed id, so that volumes keep their owner from image to image; both volume folders exist with this owner.
+RUN groupadd --gid 10001 tidegate \
+ && useradd --uid 10001 --gid tidegate --no-create-home --home-dir /tmp tidegate \
+ && mkdir /models /engines \
+ && chown tidegate:tidegate /models /engines
+
+FROM base AS build
+RUN python -m venv /venv
+COPY pyproject.toml README.md LICENSE ./
+COPY protocol protocol
+COPY models models
+COPY policies policies
+COPY workers workers
+COPY scheduler scheduler
+COPY gateway gateway
+COPY loadgen loadgen
+COPY tidegate tidegate
+COPY deploy deploy
+
+FROM build AS build-cpu
+RUN pip install --editable ".[cpu]"
+
+FROM build AS build-gpu
+RUN pip install --editable ".[gpu]" "onnxruntime-gpu[cuda,cudnn]==1.31.1"
+
+FROM build AS build-loadgen
+RUN pip install --editable ".[demo]"
+
+FROM build AS build-export
+# For torch's CPU build, gigabytes smaller than the default: --build-arg PIP_EXTRA_INDEX_URL=AN-INDEX-THAT-HAS-IT
+ARG PIP_EXTRA_INDEX_URL=""
+RUN pip install torch==2.13.0 \
+ && pip install --editable ".[cpu,train]" \
+ && pip install --no-deps torchvision==0.28.0 timm==1.0.31 \
+ && pip install huggingface_hub==2.4.0 pyyaml==6.0.3
+
+FROM base AS export
+COPY --from=build-export /venv /venv
+COPY --from=build-export /app /app
+USER 10001:10001
+CMD ["tidegate", "models", "--help"]
+
+FROM base AS loadgen
+COPY --from=build-loadgen /venv /venv
+COPY --from=build-loadgen /app /app
+USER 10001:10001
+CMD ["python", "-m", "loadgen", "--help"]
+
+FROM base AS gpu
+# What NVIDIA's container runtime should bring in: the driver's compute libraries, nothing else.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TIDEGATE_ENGINE_CACHE=/engines
+COPY --from=build-gpu /venv /venv
+COPY --from=build-gpu /app /app
+USER 10001:10001
+EXPOSE 7001
+CMD ["python", "-m", "workers", "--help"]
+
+FROM base AS cpu
+COPY --from=build-cpu /venv /venv
+COPY --from=build-cpu /app /app
+USER 10001:10001
+EXPOSE 8700
+CMD ["python", "-m", "gateway", "--help"]
