@@ -256,6 +256,7 @@ class Host:
     ) -> None:
         """Answer a request that is not served: its entry has already left the queue."""
         now_s = self.clock.now_s()
+        request.payload = b""  # the pool may not come to it for long, and a body can be large
         reply = Reply(
             attempt,
             instance.status(now_s, self.backlog_s(now_s)),
