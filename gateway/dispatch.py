@@ -235,6 +235,9 @@ class Dispatcher:
             reply = _decode_reply(frame.meta)
             payload = frame.payload
             attempt = Attempt(reply.attempt)
+            if attempt is Attempt.UNAVAILABLE:
+                # What the board says of it is out of date (a worker that restarted while the board was away).
+                router.close(target)
         except LinkClosed:
             attempt = Attempt.LOST
             router.close(target)
