@@ -16,7 +16,7 @@ HIDDEN = (90, 60)
 def log_density(f: Tensor, log_y: Tensor, sigma: float) -> Tensor:
     """Logarithm of the density of the table y given the network's output f (Eq. 9); both [..., n], gives [...].
 
-    The density is with respect to the volume of the simplex as a surface in R^n (hence the square root of n).
+    The density is with respect to the first n - 1 coordinates of y (it integrates to 1 over those).
     """
     n = f.shape[-1]
     q = log_y - f

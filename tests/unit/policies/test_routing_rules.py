@@ -1,0 +1,104 @@
+"""The per-request rules, batching and expiry: what they must and must not choose, on plain lists."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policies.routing.contract import HOLD, REJECT
+from policies.routing.rules import RULES, batch_size, cannot_finish, deadline, heavy_only, light_only, single_queue
+
+HEAVY_S, LIGHT_S = 0.043, 0.0115
+
+
+def ask(rule: Any, **changes: Any) -> int:
+    """The rule's choice at time 0 for two heavy and two light idle instances, unless changed."""
+    values: dict[str, Any] = {
+        "now_s": 0.0,
+        "budget_s": 0.3,
+        "draw": 0.0,
+        "length": [0, 0, 0, 0],
+        "capacity": [15] * 4,
+        "clear_s": [0.0] * 4,
+        "service_s": [HEAVY_S, HEAVY_S, LIGHT_S, LIGHT_S],
+        "rank": [0, 0, 1, 1],
+        "margin": [1.0],
+    }
+    values.update(changes)
+    return int(rule(*values.values()))
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+def test_nothing_routable_is_rejected(name: str) -> None:
+    assert ask(RULES[name], capacity=[0] * 4) == REJECT
+
+
+@given(
+    name=st.sampled_from(sorted(RULES)),
+    draw=st.floats(0.0, 1.0, exclude_max=True),
+    length=st.lists(st.integers(0, 15), min_size=4, max_size=4),
+    capacity=st.lists(st.sampled_from([0, 15]), min_size=4, max_size=4),
+    busy_s=st.lists(st.floats(-1.0, 1.0), min_size=4, max_size=4),
+    margin=st.floats(0.05, 1.0),
+)
+def test_never_an_instance_without_places(
+    name: str, draw: float, length: list[int], capacity: list[int], busy_s: list[float], margin: float
+) -> None:
+    chosen = ask(RULES[name], draw=draw, length=length, capacity=capacity, clear_s=busy_s, margin=[margin])
+    if any(capacity):
+        assert chosen == HOLD if chosen < 0 else capacity[chosen] > 0
+    else:
+        assert chosen == REJECT
+
+
+def test_one_model_rules_stay_with_their_model() -> None:
+    assert {ask(light_only, draw=u / 10) for u in range(10)} == {2, 3}
+    assert {ask(heavy_only, draw=u / 10, length=[15, 15, 0, 0]) for u in range(10)} == {0, 1}
+
+
+def test_single_queue_takes_the_heaviest_idle_or_holds() -> None:
+    assert ask(single_queue, length=[1, 0, 0, 0]) == 1
+    assert ask(single_queue, length=[1, 1, 1, 0]) == 3
+    assert ask(single_queue, length=[1, 1, 1, 1]) == HOLD
+
+
+def test_deadline_prefers_heavy_until_its_forecast_misses() -> None:
+    busy = [0.2, 0.25, 0.0, 0.0]
+    assert ask(deadline, length=[5, 6, 0, 0], clear_s=busy) == 0
+    assert ask(deadline, length=[5, 6, 0, 0], clear_s=[0.26, 0.258, 0.0, 0.0]) in (2, 3)
+    assert ask(deadline, length=[5, 6, 0, 0], clear_s=busy, margin=[0.7]) in (2, 3)
+
+
+def test_deadline_without_any_fit_takes_the_soonest_finish() -> None:
+    late = [0.9, 0.8, 0.5, 0.6]
+    assert ask(deadline, length=[9] * 4, clear_s=late) == 2
+    assert ask(deadline, length=[15] * 4, clear_s=late) == 2
+    assert ask(deadline, length=[9, 9, 15, 9], clear_s=late) == 3
+
+
+def test_deadline_trusts_an_idle_instance_only_with_room_to_spare() -> None:
+    tight = {"margin": [0.05], "draw": 0.0}
+    assert ask(deadline, **tight) in (0, 1)
+    assert ask(deadline, **tight, service_s=[0.08, 0.08, LIGHT_S, LIGHT_S]) in (2, 3)
+
+
+def test_deadline_spreads_ties_by_the_draw() -> None:
+    assert {ask(deadline, draw=u / 8) for u in range(8)} == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("waiting", "minimum", "maximum", "size"),
+    [
+        *[(0, 1, 5, 0), (1, 1, 5, 1), (2, 1, 5, 1), (3, 1, 5, 3), (4, 1, 5, 3), (5, 1, 5, 5), (9, 1, 5, 5)],
+        *[(9, 1, 3, 3), (2, 3, 5, 0), (3, 3, 5, 3), (4, 5, 5, 0), (5, 5, 5, 5), (7, 1, 1, 1)],
+    ],
+)
+def test_batches_follow_section_5_2_2(waiting: int, minimum: int, maximum: int, size: int) -> None:
+    assert batch_size(waiting, minimum, maximum) == size
+
+
+def test_expiry_is_about_certain_misses_only() -> None:
+    assert not cannot_finish(1.0, 1.3, 1.2, 0.1)
+    assert cannot_finish(1.0, 1.3, 1.21, 0.1)
+    assert cannot_finish(1.25, 1.3, 0.0, 0.1)
