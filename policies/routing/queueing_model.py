@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from policies.routing.contract import BATCH_SIZES, FloatArray, InstanceKind, IntArray, RoutingError
 from policies.routing.estimation import FIRST_MARGIN, new_margin
@@ -106,7 +106,7 @@ class ArrivalModel:
         return len(self.phase_names)
 
 
-def markovian(d0: FloatArray, d1: FloatArray, phase_names: tuple[str, ...] | None = None) -> ArrivalModel:
+def markovian(d0: ArrayLike, d1: ArrayLike, phase_names: tuple[str, ...] | None = None) -> ArrivalModel:
     """Arrivals of the Markovian arrival process (D0, D1); both float64[m, m]."""
     a, b = np.asarray(d0, dtype=np.float64), np.asarray(d1, dtype=np.float64)
     if a.ndim != 2 or a.shape[0] != a.shape[1] or a.shape != b.shape:
@@ -137,7 +137,7 @@ def periodic_arrivals() -> ArrivalModel:
 
 
 def trace_arrivals(
-    time_s: FloatArray, phase: IntArray | None = None, phase_names: tuple[str, ...] = ("all",)
+    time_s: ArrayLike, phase: ArrayLike | None = None, phase_names: tuple[str, ...] = ("all",)
 ) -> ArrivalModel:
     """Arrivals at given times; an error names the first time that is missing or decreases."""
     times = np.ascontiguousarray(time_s, dtype=np.float64)
