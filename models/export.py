@@ -63,7 +63,7 @@ def export(
     source = SOURCES[name]
     called = name if runtime == "onnxruntime" else f"{name}_{runtime}"
     on_step("building the network")
-    network, settings = _network(source, weights, seed)
+    network, settings = build(source, weights, seed)
     file = folder / called / "1" / ("model.pt2" if runtime == "torch" else "model.onnx")
     file.parent.mkdir(parents=True, exist_ok=True)
     on_step("translating it")
@@ -102,8 +102,8 @@ def largest_difference(network: Any, file: Path, side: int, batch_sizes: tuple[i
     return largest
 
 
-def _network(source: Source, weights: str, seed: int) -> tuple[Any, dict[str, Any]]:
-    """The torch network in evaluation mode, and timm's preprocessing settings for it."""
+def build(source: Source, weights: str, seed: int) -> tuple[Any, dict[str, Any]]:
+    """The torch network in evaluation mode, and timm's preprocessing settings for it. Raises `VariantError`."""
     try:
         import torch
 

@@ -115,7 +115,7 @@ def test_the_exported_file_equals_torch_and_serves(tmp_path: Path, kind: str) ->
     variant = exporting.export(name, tmp_path, weights="random", runtime=kind, seed=3)
     assert load_catalog([tmp_path])[variant.name] == variant
     assert variant.runtime == kind
-    network, _ = exporting._network(exporting.SOURCES[name], "random", 3)
+    network, _ = exporting.build(exporting.SOURCES[name], "random", 3)
     runtime = open_runtime(variant)
     batch = [runtime.prepare(file.read_bytes(), "image/jpeg") for file in PHOTOGRAPHS]
     answers = runtime.execute(batch)
@@ -126,8 +126,8 @@ def test_the_exported_file_equals_torch_and_serves(tmp_path: Path, kind: str) ->
         assert np.abs(answer.scores - row).max() < 1e-3 * row.max()
     # The same weights from a file give the same answers; wrong ones are told apart from right ones.
     save_file(network.state_dict(), tmp_path / "mine.safetensors")
-    again, _ = exporting._network(exporting.SOURCES[name], str(tmp_path / "mine.safetensors"), 9)
+    again, _ = exporting.build(exporting.SOURCES[name], str(tmp_path / "mine.safetensors"), 9)
     file = Path(variant.path)
     assert exporting.largest_difference(again, file, variant.input.shape[1]) < exporting.TOLERANCE
-    other, _ = exporting._network(exporting.SOURCES[name], "random", 4)
+    other, _ = exporting.build(exporting.SOURCES[name], "random", 4)
     assert exporting.largest_difference(other, file, variant.input.shape[1]) > 10 * exporting.TOLERANCE
