@@ -1,0 +1,321 @@
+"""The dispatcher against scripted workers: at most two attempts, one end each, and every place given back."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from typing import cast
+
+import pytest
+
+from gateway.dispatch import Answered, AnswerTimeout, ClientGone, Dispatcher, Refused, Request
+from gateway.fleet import Fleet
+from protocol.outcomes import Attempt, Outcome
+from protocol.records import BOUNCE, EXPIRE
+from tests.fakes.scripted_worker import ScriptedFleet
+
+
+def request(budget_s: float = 60.0, variant: str = "") -> Request:
+    now_s = time.monotonic()
+    return Request("r", now_s, now_s + budget_s, b"body", "image/png", 5, variant=variant)
+
+
+def dispatcher(fleet: ScriptedFleet, draw: float = 0.0) -> Dispatcher:
+    return Dispatcher(cast(Fleet, fleet), lambda: draw)
+
+
+def run(body: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(20.0):
+            await body()
+
+    asyncio.run(bounded())
+
+
+async def started(dispatch: Dispatcher, fleet: ScriptedFleet, one: Request) -> "asyncio.Task[Answered]":
+    """The dispatch as a task that has got as far as it can."""
+    task = asyncio.create_task(dispatch.dispatch(fleet.router, one))
+    await asyncio.sleep(0)
+    return task
+
+
+def at_rest(dispatch: Dispatcher, fleet: ScriptedFleet) -> None:
+    """Nothing is in flight or held: every place was given back."""
+    assert [target.in_flight for target in fleet.router.targets] == [0] * len(fleet.router.targets)
+    assert not any(dispatch.statistics().held.values())
+    assert all(peer.in_flight == 0 for peer in fleet.peers.values())
+
+
+async def refused(task: "asyncio.Task[Answered]") -> Refused:
+    with pytest.raises(Refused) as caught:
+        await task
+    return caught.value
+
+
+def test_an_answer_comes_back_with_who_gave_it() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("deadline", a="heavy", b="light")
+        dispatch = dispatcher(fleet)
+        task = await started(dispatch, fleet, request())
+        fleet["a"].reply(Attempt.OK, payload=b'{"x":1}', service_s=0.04, batch=1)
+        answered = await task
+        assert (answered.target.id, answered.rank, answered.attempts) == ("a/heavy", 0, 1)
+        assert answered.payload == b'{"x":1}'
+        assert dispatch.statistics().attempts == {"a/heavy": {"OK": 1}}
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "outcome"),
+    [
+        (Attempt.QUEUE_FULL, Outcome.QUEUE_FULL),
+        (Attempt.EXPIRED, Outcome.EXPIRED),
+        (Attempt.FAILED, Outcome.FAILED),
+        (Attempt.INVALID, Outcome.INVALID),
+    ],
+)
+def test_what_computed_or_judged_is_not_tried_again(attempt: Attempt, outcome: Outcome) -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light", b="light")
+        dispatch = dispatcher(fleet)
+        task = await started(dispatch, fleet, request())
+        fleet["a"].reply(attempt, reason="because", http_status=413 if attempt is Attempt.INVALID else 0)
+        error = await refused(task)
+        assert (error.outcome, error.reason) == (outcome, "because")
+        assert error.http_status == (413 if attempt is Attempt.INVALID else 0)
+        assert fleet["b"].asked == {}
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+@pytest.mark.parametrize("end", [Attempt.BOUNCED, Attempt.UNAVAILABLE, Attempt.LOST])
+def test_what_was_not_computed_is_tried_once_elsewhere(end: Attempt) -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("deadline", a="heavy", b="light")
+        dispatch = dispatcher(fleet)
+        task = await started(dispatch, fleet, request())
+        fleet["a"].die() if end is Attempt.LOST else fleet["a"].reply(end)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        fleet["b"].reply(Attempt.OK)
+        answered = await task
+        assert (answered.target.id, answered.attempts) == ("b/light", 2)
+        assert dispatch.statistics().attempts == {"a/heavy": {end.name: 1}, "b/light": {"OK": 1}}
+        assert fleet["a"].asked[1].flags & BOUNCE
+        assert not fleet["b"].asked[1].flags & BOUNCE, "a second attempt is not sent on"
+        assert fleet["b"].asked[1].budget_s < fleet["a"].asked[1].budget_s
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("ends", "outcome"),
+    [
+        ((Attempt.BOUNCED, Attempt.BOUNCED), Outcome.EXPIRED),
+        ((Attempt.LOST, Attempt.LOST), Outcome.UNAVAILABLE),
+        ((Attempt.LOST, Attempt.UNAVAILABLE), Outcome.UNAVAILABLE),
+        ((Attempt.BOUNCED, Attempt.QUEUE_FULL), Outcome.QUEUE_FULL),
+    ],
+)
+def test_never_a_third_attempt(ends: tuple[Attempt, Attempt], outcome: Outcome) -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("deadline", a="light", b="light", c="light")
+        dispatch = dispatcher(fleet)
+        task = await started(dispatch, fleet, request())
+        for end in ends:
+            [peer] = [peer for peer in fleet.peers.values() if peer.in_flight]
+            peer.die() if end is Attempt.LOST else peer.reply(end)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert (await refused(task)).outcome is outcome
+        assert sum(len(peer.asked) for peer in fleet.peers.values()) == 2
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_a_lost_request_is_not_sent_again_once_its_time_is_up() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light", b="light")
+        dispatch = dispatcher(fleet)
+        task = await started(dispatch, fleet, request(budget_s=0.0))
+        fleet["a"].die()
+        assert (await refused(task)).outcome is Outcome.UNAVAILABLE
+        assert fleet["b"].asked == {}
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_nobody_ready_is_unavailable_at_once() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform")
+        assert (await refused(await started(dispatcher(fleet), fleet, request()))).outcome is Outcome.UNAVAILABLE
+
+    run(body)
+
+
+@pytest.mark.parametrize("why", [ClientGone(), AnswerTimeout()])
+def test_an_abandoned_request_frees_its_place_at_the_worker(why: Exception) -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light")
+        dispatch = dispatcher(fleet)
+        one = request()
+        task = await started(dispatch, fleet, one)
+        one.abandon(why)
+        one.abandon(why)
+        with pytest.raises(type(why)):
+            await task
+        assert fleet["a"].cancelled == [1]
+        assert dispatch.statistics().attempts == {"a/light": {"CANCELLED": 1}}
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_a_client_that_goes_between_two_attempts_gets_no_second_one() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("deadline", a="light", b="light")
+        dispatch = dispatcher(fleet)
+        one = request()
+        task = await started(dispatch, fleet, one)
+        [peer] = [peer for peer in fleet.peers.values() if peer.in_flight]
+        peer.reply(Attempt.BOUNCED)
+        one.abandon(ClientGone())
+        with pytest.raises(ClientGone):
+            await task
+        assert sum(len(peer.asked) for peer in fleet.peers.values()) == 1
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_flags_say_what_the_worker_may_do() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("heavy-expire", a="heavy")
+        dispatch = dispatcher(fleet)
+        task = await started(dispatch, fleet, request())
+        assert fleet["a"].asked[1].flags == EXPIRE
+        fleet["a"].reply(Attempt.OK)
+        await task
+        fleet = ScriptedFleet("deadline", a="heavy")
+        task = await started(dispatcher(fleet), fleet, request())
+        assert fleet["a"].asked[1].flags == 0, "nowhere to bounce to"
+        fleet["a"].reply(Attempt.OK)
+        await task
+
+    run(body)
+
+
+# the single queue
+
+
+def test_held_requests_go_to_idle_instances_in_order_of_arrival() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("single-queue", capacity=10, a="heavy")
+        dispatch = dispatcher(fleet)
+        tasks = [await started(dispatch, fleet, request(budget_s=60.0 + number)) for number in range(4)]
+        assert dispatch.statistics().held == {"imagenet": 3}
+        for number in range(4):
+            assert len(fleet["a"].asked) == number + 1
+            fleet["a"].reply(Attempt.OK)
+            await tasks[number]
+            await asyncio.sleep(0)
+        budgets = [asked.budget_s for asked in fleet["a"].asked.values()]
+        assert budgets == sorted(budgets)
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_the_single_queue_is_bounded_by_the_places_of_all() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("single-queue", capacity=2, a="heavy", b="light")
+        dispatch = dispatcher(fleet)
+        tasks = [await started(dispatch, fleet, request()) for _ in range(6)]
+        assert [(await refused(task)).outcome for task in tasks[4:]] == [Outcome.QUEUE_FULL] * 2
+        for peer in ("a", "b", "a", "b"):
+            fleet[peer].reply(Attempt.OK)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        assert {(await task).attempts for task in tasks[:4]} == {1}
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_a_held_client_that_leaves_gives_up_its_turn() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("single-queue", capacity=10, a="heavy")
+        dispatch = dispatcher(fleet)
+        requests = [request() for _ in range(3)]
+        tasks = [await started(dispatch, fleet, one) for one in requests]
+        requests[1].abandon(ClientGone())
+        with pytest.raises(ClientGone):
+            await tasks[1]
+        fleet["a"].reply(Attempt.OK)
+        await tasks[0]
+        await asyncio.sleep(0)
+        assert len(fleet["a"].asked) == 2
+        fleet["a"].reply(Attempt.OK)
+        await tasks[2]
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_a_client_that_leaves_in_the_moment_it_is_placed_takes_no_place_along() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("single-queue", capacity=10, a="heavy")
+        dispatch = dispatcher(fleet)
+        first, second = request(), request()
+        tasks = [await started(dispatch, fleet, one) for one in (first, second)]
+        fleet["a"].reply(Attempt.OK)
+        await tasks[0]
+        second.abandon(ClientGone())
+        with pytest.raises(ClientGone):
+            await tasks[1]
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_a_switch_of_router_places_whoever_is_held() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("single-queue", capacity=10, a="heavy")
+        dispatch = dispatcher(fleet)
+        tasks = [await started(dispatch, fleet, request()) for _ in range(3)]
+        fleet.router.configure(
+            fleet.router.spec.__class__(variants=("heavy", "light"), requirement_ms=300.0, router="uniform")
+        )
+        dispatch.release()
+        await asyncio.sleep(0)
+        assert len(fleet["a"].asked) == 3
+        for _ in range(3):
+            fleet["a"].reply(Attempt.OK)
+        await asyncio.gather(*tasks)
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+@pytest.mark.parametrize("gone", ["service", "instances"])
+def test_held_requests_are_not_forgotten_when_everybody_goes(gone: str) -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("single-queue", capacity=10, a="heavy")
+        dispatch = dispatcher(fleet)
+        tasks = [await started(dispatch, fleet, request()) for _ in range(3)]
+        if gone == "service":
+            fleet.services.clear()
+        else:
+            fleet.router.set_instances([], set())
+        dispatch.release()
+        assert [(await refused(task)).outcome for task in tasks[1:]] == [Outcome.UNAVAILABLE] * 2
+        fleet["a"].reply(Attempt.OK)
+        assert (await tasks[0]).rank == (0 if gone == "service" else -1)
+        assert not any(dispatch.statistics().held.values())
+
+    run(body)
