@@ -87,7 +87,7 @@ class _Bindings:
         import onnxruntime
 
         if len(images) not in self._bound:
-            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(images, self._device, 0)
+            buffer = onnxruntime.OrtValue.ortvalue_from_shape_and_type(images.shape, images.dtype, self._device, 0)
             binding = self._session.io_binding()
             binding.bind_ortvalue_input(self._input_name, buffer)
             binding.bind_output(self._output_name, self._device)
