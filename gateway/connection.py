@@ -6,10 +6,12 @@ client had already sent the next one. Everything else is uvicorn's.
 """
 
 import asyncio
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from gateway.joined import JoinedTransport
 
 
 class GuardedConnection(HttpToolsProtocol):
@@ -27,7 +29,7 @@ class GuardedConnection(HttpToolsProtocol):
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast(asyncio.Transport, JoinedTransport(transport, self.loop)))
         self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
