@@ -1,0 +1,190 @@
+"""Slots in virtual time: boundaries that do not drift, one failure costs one slot, only the leader publishes."""
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from typing import cast
+
+import msgspec
+import numpy as np
+import pytest
+
+from policies.routing.contract import Action, InstanceKind, Observation, SlotPolicy, observation_of
+from protocol.board import Board
+from protocol.records import DecisionRecord, Deployment, ServiceSpec, Table
+from scheduler.config import SchedulerConfig
+from scheduler.metrics import SchedulerMetrics
+from scheduler.observe import Observer, Seen
+from scheduler.slot_loop import SlotLoop
+from tests.fakes.virtual_time import run
+
+SPEC = ServiceSpec(variants=("heavy", "light"), requirement_ms=300.0, router="threshold")
+
+
+class World:
+    """Board, observer and policy in one: what was asked and posted, and when."""
+
+    def __init__(self, slot_s: float = 1.0) -> None:
+        self.name, self.slot_s, self.needs_phase = "threshold", slot_s, False
+        self.deployment: Deployment | None = Deployment(name="d", services={"s": SPEC}, workers=())
+        self.instances: tuple[str, ...] = ("a", "b")
+        self.ready = [True, True]
+        self.service_s = 0.01
+        self.leads = True
+        self.observing_s = 0.0
+        self.tables: list[tuple[float, Table]] = []
+        self.decisions: list[DecisionRecord] = []
+        self.made = 0
+        self.failures: dict[int, Exception] = {}
+
+    # as the observer
+
+    async def observe(self, service: str, spec: ServiceSpec) -> Seen:
+        """One instance of each variant."""
+        await asyncio.sleep(self.observing_s)
+        n = len(self.instances)
+        variants = [self.instances[number] and spec.variants[number % 2] for number in range(n)]
+        return Seen(
+            instances=self.instances,
+            kinds=tuple(InstanceKind(one, spec.variants.index(one), self.service_s, 0.8) for one in variants),
+            observation=observation_of([3] * n, [0.004] * n, [(0.1, 0.2)] * n, [1] * n, self.ready[:n]),
+        )
+
+    # as the board
+
+    async def put_table(self, table: Table) -> Table:
+        """Fails where the test says so."""
+        if failure := self.failures.pop(len(self.tables), None):
+            raise failure
+        numbered = msgspec.structs.replace(table, version=len(self.tables) + 1)
+        self.tables.append((asyncio.get_running_loop().time(), numbered))
+        return numbered
+
+    async def add_decision(self, record: DecisionRecord) -> None:
+        """Kept."""
+        self.decisions.append(record)
+
+    # as the policy
+
+    def act(self, observation: Observation, rng: np.random.Generator) -> Action:
+        """Everything to the first."""
+        return Action(np.eye(len(observation.length))[0])
+
+    def make(self, router: str, kinds: Sequence[InstanceKind], spec: ServiceSpec, slot_s: float) -> SlotPolicy | None:
+        """The world itself is the policy; `deadline` needs none."""
+        self.made += 1
+        return None if router == "deadline" else self
+
+    def slots(self, seconds: float, *, then: "dict[float, object] | None" = None) -> SlotLoop:
+        """Runs the loop for some virtual seconds; `then` maps times to what happens at them."""
+        loop = SlotLoop(
+            "s",
+            cast(Board, self),
+            cast(Observer, self),
+            self.make,
+            SchedulerConfig(board_url="redis://nobody"),
+            SchedulerMetrics(),
+            leading=lambda: self.leads,
+        )
+
+        async def body() -> None:
+            task = asyncio.create_task(loop.run())
+            for at_s, event in sorted((then or {}).items()):
+                await asyncio.sleep(at_s - asyncio.get_running_loop().time())
+                event()  # type: ignore[operator]
+            await asyncio.sleep(seconds - asyncio.get_running_loop().time())
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+        run(body())
+        return loop
+
+
+def test_tables_come_every_slot_without_drift() -> None:
+    world = World()
+    world.observing_s = 0.3  # what a slot takes must not push the next one back
+    loop = world.slots(1000.5)
+    times_s = [at_s for at_s, _ in world.tables]
+    assert loop.statistics().published == len(times_s) == pytest.approx(1000, abs=1)
+    assert np.diff(times_s) == pytest.approx(1.0, abs=1e-6)
+    assert world.made == 1
+
+
+def test_a_policy_keeps_its_own_slot_and_its_tables_outlive_lost_ones() -> None:
+    world = World(slot_s=0.1)
+    world.slots(10.05)
+    assert len(world.tables) == pytest.approx(100, abs=2)
+    assert [table.valid_for_s for _, table in world.tables] == pytest.approx([0.3] * len(world.tables))
+
+
+def test_what_was_seen_and_chosen_is_written_down() -> None:
+    world = World()
+    world.observing_s = 0.02
+    world.slots(1.5)
+    [table], [decision] = [table for _, table in world.tables][:1], world.decisions[:1]
+    assert (decision.service, decision.policy, decision.table_version) == ("s", "threshold", table.version)
+    assert (decision.instances, decision.weights) == (("a", "b"), (1.0, 0.0))
+    assert (decision.lengths, decision.elapsed_s) == ((3, 3), (0.004, 0.004))
+    assert decision.publish_ms == pytest.approx(20.0, abs=0.1)
+
+
+@pytest.mark.parametrize("failure", [ConnectionError("the board is away"), TimeoutError(), ValueError("no")])
+def test_a_slot_that_fails_costs_that_slot(failure: Exception) -> None:
+    world = World()
+    world.failures[2] = failure
+    loop = world.slots(6.1)
+    assert loop.statistics().failed == 1
+    gaps = np.diff([at_s for at_s, _ in world.tables])
+    assert sorted(gaps.round(6))[-2:] == [1.0, 2.0]
+
+
+def test_nobody_ready_is_no_table() -> None:
+    world = World()
+    world.ready = [False, False]
+    assert world.slots(5.0).statistics().published == 0
+
+
+def test_only_the_leader_publishes() -> None:
+    world = World()
+    world.leads = False
+    world.slots(10.0, then={5.0: lambda: setattr(world, "leads", True)})
+    assert world.tables[0][0] >= 5.0
+    assert len(world.tables) == pytest.approx(5, abs=1)
+
+
+def test_a_router_that_needs_no_tables_gets_none_and_a_change_is_taken_soon() -> None:
+    world = World()
+
+    def becomes(router: str) -> None:
+        spec = msgspec.structs.replace(SPEC, router=router)
+        world.deployment = Deployment(name="d", services={"s": spec}, workers=(), version=2)
+
+    becomes("deadline")
+    world.slots(20.0, then={10.0: lambda: becomes("threshold"), 15.0: lambda: becomes("deadline")})
+    times_s = [at_s for at_s, _ in world.tables]
+    assert 10.0 <= times_s[0] <= 10.5
+    assert times_s[-1] <= 15.5
+
+
+def test_a_new_instance_makes_a_new_policy_and_a_new_estimate_does_not() -> None:
+    world = World()
+
+    def one_more() -> None:
+        world.instances, world.ready = ("a", "b", "c"), [True] * 3
+
+    world.slots(
+        6.5,
+        then={
+            2.5: lambda: setattr(world, "service_s", 0.0101),
+            4.5: one_more,
+        },
+    )
+    assert world.made == 2
+    assert {len(table.weights) for _, table in world.tables} == {2, 3}
+
+
+def test_no_deployment_is_no_slot() -> None:
+    world = World()
+    world.deployment = None
+    assert world.slots(5.0).statistics().published == 0
