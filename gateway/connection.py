@@ -11,7 +11,9 @@ from typing import Any, ClassVar, cast
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from gateway.admission import Scope
 from gateway.joined import JoinedTransport
+from gateway.presence import Presence, announce, presence_of
 
 
 class GuardedConnection(HttpToolsProtocol):
@@ -39,6 +41,7 @@ class GuardedConnection(HttpToolsProtocol):
         if running is not None and not running.response_complete:
             running.disconnected = True
             running.message_event.set()
+            presence_of(cast(Scope, running.scope)).leave()
         self.pipeline.clear()
         super().connection_lost(exc)
 
@@ -85,6 +88,7 @@ class GuardedConnection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
+        announce(cast(Scope, cycle.scope), Presence())
         super()._start_asgi_task(cycle, app)
 
     # refusals

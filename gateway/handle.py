@@ -9,7 +9,7 @@ import logging
 import secrets
 import time
 from random import Random
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import msgspec
 
@@ -20,6 +20,7 @@ from gateway.dispatch import Answered, AnswerTimeout, ClientGone, Dispatcher, Di
 from gateway.fleet import Fleet
 from gateway.inferences import Inferences
 from gateway.metrics import UNKNOWN, FleetCollector, GatewayMetrics
+from gateway.presence import Presence, presence_of
 from gateway.responses import Send, send_answer, send_refusal
 from gateway.router import RouterStatistics, ServiceRouter
 from protocol.board import Board
@@ -27,8 +28,6 @@ from protocol.outcomes import Outcome
 
 log = logging.getLogger("gateway.handle")
 
-WATCH_AFTER_S: Final = 0.005
-"""A client's leaving is looked for once its request has waited this long: most answers are faster and need no task."""
 PREFIX: Final = "/v1/"
 
 
@@ -106,9 +105,9 @@ class Gateway:
 
     async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One POST to /v1/{service}, from its first byte to its answer."""
-        await self.serve(ImageCall(self, scope), receive, send)
+        await self.serve(ImageCall(self, scope), presence_of(scope), receive, send)
 
-    async def serve(self, call: Call, receive: Receive, send: Send) -> None:
+    async def serve(self, call: Call, presence: Presence, receive: Receive, send: Send) -> None:
         """The life of one request, whatever surface it came through."""
         arrived_s = time.monotonic()
         self._arrived += 1
@@ -125,11 +124,7 @@ class Gateway:
                 raise Refused(Outcome.UNAVAILABLE, "the gateway is starting: it has not seen a deployment yet")
             request = await call.admit(receive, arrived_s)
             assert router is not None, "an admitted request has a service"
-            watch = _Watch(receive, request, self.config.answer_timeout_s)
-            try:
-                answered = await self.dispatcher.dispatch(router, request)
-            finally:
-                watch.stop()
+            answered = await self._dispatch(router, request, presence)
             now_s = time.monotonic()
             outcome = Outcome.OK if now_s <= request.deadline_s else Outcome.LATE
             if outcome is Outcome.LATE and router.spec.on_late == "error":
@@ -160,6 +155,17 @@ class Gateway:
         elif answered is not None:
             await call.answer(send, outcome, answered, total_s)
 
+    async def _dispatch(self, router: ServiceRouter, request: Request, presence: Presence) -> Answered:
+        """The answer, unless the client leaves or the worker hangs first."""
+        patience_s = request.deadline_s - request.arrived_s + self.config.answer_timeout_s
+        hangs = asyncio.get_running_loop().call_later(patience_s, request.abandon, AnswerTimeout())
+        presence.watch(lambda: request.abandon(ClientGone()))
+        try:
+            return await self.dispatcher.dispatch(router, request)
+        finally:
+            hangs.cancel()
+            presence.forget()
+
     def statistics(self) -> GatewayStatistics:
         """A frozen picture of this process, for `/state`, metrics and tests."""
         now_s = time.monotonic()
@@ -173,32 +179,3 @@ class Gateway:
             services={name: router.statistics(now_s) for name, router in self.fleet.services.items()},
             dispatch=self.dispatcher.statistics(),
         )
-
-
-class _Watch:
-    """Notices that the client has left, or that the worker hangs, while a request waits for its reply."""
-
-    __slots__ = ("_loop", "_receive", "_request", "_task", "_timeout_s", "_timer")
-
-    def __init__(self, receive: Receive, request: Request, timeout_s: float) -> None:
-        self._receive = receive
-        self._request = request
-        self._timeout_s = timeout_s
-        self._task: asyncio.Task[None] | None = None
-        self._loop = asyncio.get_running_loop()
-        self._timer = self._loop.call_later(WATCH_AFTER_S, self._begin)
-
-    def _begin(self) -> None:
-        self._task = self._loop.create_task(self._until_gone())
-        left_s = max(0.0, self._request.deadline_s - time.monotonic())
-        self._timer = self._loop.call_later(left_s + self._timeout_s, self._request.abandon, AnswerTimeout())
-
-    async def _until_gone(self) -> None:
-        message: Any = await self._receive()
-        if message["type"] == "http.disconnect":
-            self._request.abandon(ClientGone())
-
-    def stop(self) -> None:
-        self._timer.cancel()
-        if self._task is not None:
-            self._task.cancel()

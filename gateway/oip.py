@@ -24,6 +24,7 @@ from gateway.oip_encoding import chosen_coding, compress, decompress
 from gateway.oip_models import VERSION, Model, all_models, find_model
 from gateway.oip_repository import index, set_loaded
 from gateway.oip_tensors import invalid
+from gateway.presence import presence_of
 from gateway.responses import Send, send_refusal
 from protocol.outcomes import Outcome
 
@@ -53,7 +54,7 @@ class OpenInference:
         parts = cast(str, scope["path"]).strip("/").split("/")[1:]
         if len(parts) > 2 and parts[0] == "models" and parts[-1] == "infer":
             call = OipCall(self._find(parts[1:-1]), headers, method, self._gateway.config.body_timeout_s)
-            await self._gateway.serve(call, receive, send)
+            await self._gateway.serve(call, presence_of(scope), receive, send)
             return
         read = method == "POST"
         try:

@@ -11,6 +11,7 @@ import pytest
 from gateway.app import INFER_OPERATION
 from gateway.config import ConfigError, GatewayConfig
 from gateway.handle import Gateway
+from gateway.presence import Presence, announce
 from protocol.board import Board
 from protocol.outcomes import Attempt, Outcome
 from tests.fakes.scripted_worker import ScriptedFleet
@@ -29,6 +30,8 @@ class Client:
             "path": path,
             "headers": [(name.encode(), value.encode("latin-1")) for name, value in (headers or {}).items()],
         }
+        self.presence = Presence()
+        announce(self.scope, self.presence)
         self.sent: list[Message] = []
         self._messages: asyncio.Queue[Message] = asyncio.Queue()
         for number, part in enumerate(parts or (b"body",)):
@@ -40,6 +43,7 @@ class Client:
 
     def leave(self) -> None:
         """The connection is gone."""
+        self.presence.leave()
         self._messages.put_nowait({"type": "http.disconnect"})
 
     async def receive(self) -> Message:
