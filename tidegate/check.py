@@ -1,4 +1,4 @@
-"""What a deployment file names has to exist: routers in the gateway, variants in the catalog. Asked before any start."""
+"""What a deployment file names has to exist: routers in the gateway, variants in the catalog."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from protocol.deployment import DeploymentError, DeploymentFile
 
 
 def refuse_unknown(file: DeploymentFile) -> None:
-    """Raises `DeploymentError`: the key, its value, and what there is."""
+    """Asked before anything starts. Raises `DeploymentError`: the key, its value, and what there is."""
     for name, spec in file.services.items():
         if spec.router not in ROUTERS:
             raise DeploymentError(f"services.{name}.router = {spec.router!r}: must be one of {', '.join(ROUTERS)}")

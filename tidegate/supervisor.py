@@ -91,9 +91,14 @@ class Child:
                 pause_s = FIRST_PAUSE_S
             self.restarts += 1
             self._on_event(f"{self.name} ended with {_cause(code)}; restarting in {pause_s:g} s (log: {self.log_file})")
-            await asyncio.sleep(pause_s)
-            pause_s = min(LONGEST_PAUSE_S, pause_s * 2)
-            await self._spawn()
+            while True:
+                await asyncio.sleep(pause_s)
+                pause_s = min(LONGEST_PAUSE_S, pause_s * 2)
+                try:
+                    await self._spawn()
+                    break
+                except OSError as error:  # no memory, no descriptors: others may give some back
+                    self._on_event(f"{self.name} cannot be started ({error}); trying again in {pause_s:g} s")
 
     async def stop(self) -> None:
         """SIGTERM, then SIGKILL if it does not end within `STOP_PATIENCE_S`."""
