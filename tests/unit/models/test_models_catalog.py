@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from models.catalog import VariantError, load_catalog, read_variant
+from models.catalog import BUILT_IN_FOLDER, VariantError, load_catalog, read_variant
 
 SOUND = """
 name = "mine"
@@ -132,3 +132,19 @@ def test_users_folders_join_the_catalog_and_names_stay_unique(tmp_path: Path) ->
         load_catalog([tmp_path])
     with pytest.raises(VariantError, match="no such folder"):
         load_catalog([tmp_path / "absent"])
+
+
+def test_the_example_in_the_catalogs_readme_is_valid(tmp_path: Path) -> None:
+    readme = (BUILT_IN_FOLDER / "README.md").read_text()
+    blocks = [block for block in readme.split("\n\n") if block.startswith("    ")]
+    lines = [line[4:] for block in blocks for line in block.splitlines() if line.startswith("    ")]
+    own = "\n".join(lines).split("[emulated]")[0]
+    (tmp_path / "pets.txt").write_text("cat\ndog\n")
+    variant = read_variant(write(tmp_path, own, "pets.toml"))
+    assert variant.name == "pets_small"
+    assert variant.preprocess.resize == 183
+    assert variant.accuracy.value == 0.91
+    emulated = own.replace('"onnxruntime"', '"emulated"') + "[emulated]" + "\n".join(lines).split("[emulated]")[1]
+    law = read_variant(write(tmp_path, emulated, "law.toml")).emulated
+    assert law is not None
+    assert law.cv == 0.3
