@@ -193,7 +193,7 @@ class Host:
         )
         return done.returncode == 0
 
-    def until_healthy(self, service: str, patience_s: float = 30.0) -> None:
+    def until_healthy(self, service: str, patience_s: float = 60.0) -> None:
         ends_s = time.monotonic() + patience_s
         while not self.healthy(service):
             assert self.processes[service].poll() is None, f"{service} ended: {self.log(service)}"
