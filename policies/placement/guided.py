@@ -30,7 +30,7 @@ MAX_GRADIENT = 1.0
 # Values below the agent's best action by more than this weigh no more: a lost request is lost.
 FLOOR = -100.0
 # How much value a node owned by another agent has to offer at the start from `convention`.
-OWNED = 0.25
+OWNED = 1.0
 
 
 class GuidedTrainer:

@@ -82,3 +82,22 @@ def test_every_shipped_policy_decides_the_papers_setting(name: str) -> None:
     outcome = NETWORK.evaluate(slots, policy.decide(slots, np.random.default_rng(0)))
     if name in ("hisper", "hisper-sequential", "sequential", "beam", "exact-30ms", "convention"):
         assert outcome.accepted.mean() > 0.99
+
+
+@pytest.mark.parametrize("per_service", [4, 5, 10])
+def test_what_hisper_sequential_learned_beats_the_rule_that_it_starts_from(per_service: int) -> None:
+    load = Load(per_service=per_service)
+    slots = evaluation_slots(NETWORK, load, 150, 2)[1]
+    rewards = []
+    for name in ("sequential", "hisper-sequential"):
+        placements = build_policy(name, NETWORK, load).decide(slots, np.random.default_rng(0))
+        rewards.append(NETWORK.evaluate(slots, placements).reward.mean())
+    assert rewards[1] > rewards[0]
+
+
+def test_hisper_sequential_takes_any_number_of_requests_in_any_order() -> None:
+    for load in (Load(per_service=1), Load(per_service=7, mixed=True, present=0.5)):
+        slots = evaluation_slots(NETWORK, load, 10, 1)[0]
+        placements = build_policy("hisper-sequential", NETWORK, load).decide(slots, np.random.default_rng(0))
+        outcome = NETWORK.evaluate(slots, placements)
+        assert outcome.accepted.sum() == (slots.service >= 0).sum()

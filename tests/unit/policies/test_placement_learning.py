@@ -207,25 +207,21 @@ def test_an_untrained_guided_actor_is_the_rule_that_it_starts_from() -> None:
     owned = GuidedTrainer(replace(GUIDED, start="convention"))
     convention = Convention(NETWORK, Load(per_service=2), 0, swaps=4000, slots=1000)
     same = (owned._policy().decide(slots, rng) == convention.decide(slots, rng)).all(axis=2)
-    assert same.mean() > 0.9  # another agent's node is taken only where it is worth much more
+    assert same.mean() > 0.97  # another agent's node is taken only where it is worth far more
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sequential", [False, True])
-def test_guided_training_improves_on_its_start(sequential: bool) -> None:
-    settings = replace(
-        GUIDED, sequential=sequential, shared=sequential, minibatch=64, actor_lr=1e-3, per_service=3,
-        temperature=0.02, temperature_end=0.02,
-    )  # fmt: skip
+def test_guided_training_improves_on_its_start() -> None:
+    settings = replace(GUIDED, minibatch=64, actor_lr=1e-3, per_service=3, temperature=0.02, temperature_end=0.02)
     trainer = GuidedTrainer(settings)
     held_out = draw_slots(NETWORK, settings.load(), 200, np.random.default_rng(9))
     rewards = []
     for _ in range(2):
         placements = trainer._policy().decide(held_out, np.random.default_rng(0))
         rewards.append(float(NETWORK.evaluate(held_out, placements).reward.mean()))
-        for _ in range(100 if sequential else 12):
+        for _ in range(12):
             trainer.update(0.0)
-    assert rewards[1] > rewards[0]
+    assert rewards[1] > rewards[0] + 1.0
 
 
 @pytest.mark.parametrize("settings", [SMALL, replace(SMALL, algorithm="happo", minibatch=10), GUIDED])
