@@ -19,6 +19,9 @@ from protocol.logs import log_as_json_lines
 
 log = logging.getLogger("gateway")
 
+FIRST_LOOK_S = 3.0
+"""Longest wait for the board and the workers before the port is opened; later they may come and go."""
+
 
 async def serve(config: GatewayConfig) -> None:
     """Serves until a signal; then refuses new connections and answers what is under way."""
@@ -27,6 +30,7 @@ async def serve(config: GatewayConfig) -> None:
     async with Board(config.board_url) as board:
         gateway = Gateway(config, board)
         async with gateway.fleet:
+            await gateway.fleet.settle(FIRST_LOOK_S)
             server = uvicorn.Server(
                 uvicorn.Config(
                     TidegateApp(gateway),

@@ -40,6 +40,7 @@ class Fleet:
         self.services: dict[str, ServiceRouter] = {}
         self.peers: dict[str, Peer] = {}
         self.board_seen = False
+        self._looked = False
         self._on_change = on_change
         self._records: dict[str, InstanceRecord] = {}
         self._seen_s: dict[str, float] = {}
@@ -64,6 +65,16 @@ class Fleet:
         for task in tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+    async def settle(self, patience_s: float) -> None:
+        """Returns once everything that the board knows has been seen and reached, at the latest after `patience_s`.
+
+        A process that joins others on one port must not refuse what its neighbours could answer.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                while not self._looked or not all(peer.up for peer in self.peers.values()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
 
     def missing(self) -> list[str]:
         """Services of the deployment that nobody could answer now; all is well when this is empty."""
@@ -144,6 +155,7 @@ class Fleet:
             if now_s - seen_s > (FORGET_AFTER_S if alive else 0.0):
                 del self._records[one], self._seen_s[one]
         await self._keep_links({record.address for record in self._records.values()})
+        self._looked = True
         self._spread()
 
     # links

@@ -85,15 +85,25 @@ async def _serve(file: DeploymentFile, board: str, embedded: bool, console: Cons
 
 
 async def until_ready(supervisor: Supervisor, patience_s: float = READY_PATIENCE_S) -> None:
-    """Returns once every service can be answered. Raises `StartFailed` with what is missing."""
+    """Returns once every service can be answered. Raises `StartFailed` with what is missing.
+
+    Several gateway processes share the port and the kernel chooses who answers: so many agree, one after the other,
+    that all are likely to have been asked.
+    """
     ends_s = time.monotonic() + patience_s
     reasons: list[str] = ["the gateway does not answer yet"]
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=2.0)) as session:
+    processes = supervisor.file.gateway.processes
+    wanted, agreed = 1 if processes == 1 else 6 * processes, 0
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=2.0)) as session:
         while time.monotonic() < ends_s:
             with contextlib.suppress(aiohttp.ClientError, TimeoutError):
                 async with session.get(f"{supervisor.url}/readyz") as response:
-                    if response.status == 200:
+                    agreed = agreed + 1 if response.status == 200 else 0
+                    if agreed == wanted:
                         return
+                    if agreed:
+                        continue
                     reasons = (await response.json())["reasons"]
             if any(child.restarts >= 3 for child in supervisor.children):
                 break
