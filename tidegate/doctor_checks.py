@@ -180,7 +180,7 @@ async def check_board(url: str) -> Finding:
 def check_models(
     file: DeploymentFile | None, folders: Sequence[Path]
 ) -> tuple[list[Finding], list[tuple[Variant, str]]]:
-    """The catalog, and every variant of the deployment: its entry and its file. Also what could be loaded, and where."""
+    """The catalog, and every variant of the deployment: its entry and file. Also what could be loaded, and where."""
     try:
         catalog = load_catalog([*folders, *(Path(folder) for folder in (file.catalog if file else ()))])
     except VariantError as error:
