@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from policies.routing.sparse_layer import SparseLayer
+
 HIDDEN = (90, 60)
 
 
@@ -57,20 +59,27 @@ class Scheduler(nn.Module):
         with torch.no_grad():
             last.bias[: self.instances] = torch.log(torch.tensor(start))
 
-    def heads(self, observation: Tensor) -> tuple[Tensor, Tensor]:
-        """Table logits [..., n] and batch logits [..., variants, choices]."""
-        out = self.actor(observation)
-        return out[..., : self.instances], out[..., self.instances :].unflatten(-1, (self.variants, self.choices))
+    def heads(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Table logits [..., n] and batch logits [..., variants, choices] in the actor's output."""
+        batches = out[..., self.instances :].reshape(*out.shape[:-1], self.variants, self.choices)
+        return out[..., : self.instances], batches
 
-    def value(self, observation: Tensor) -> Tensor:
-        """The critic's estimate [...], in normalised units."""
-        value: Tensor = self.critic(observation).squeeze(-1)
-        return value
+    def both(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The actor's outputs [B, outputs] and the critic's values [B], in its units, for rows int64[B] of x [N, F].
 
-    def log_prob(self, observation: Tensor, log_y: Tensor, pairs: Tensor | None, sigma: float) -> Tensor:
-        """Log-density of tables (and log-probability of batch choices int64[..., variants]) under this policy."""
-        if self.variants == 0 or pairs is None:
-            return log_density(self.actor(observation), log_y, sigma)
-        f, logits = self.heads(observation)
+        The same numbers as calling `actor` and `critic` on x[rows], by way of `SparseLayer`.
+        """
+        first = self.actor[0], self.critic[0]
+        weight = torch.cat([layer.weight for layer in first]).t().contiguous()  # type: ignore[misc]
+        bias = torch.cat([layer.bias for layer in first])  # type: ignore[misc]
+        hidden = torch.tanh(SparseLayer.apply(x, rows, weight, bias))  # type: ignore[no-untyped-call]
+        actor, critic = hidden[:, : HIDDEN[0]], hidden[:, HIDDEN[0] :]
+        return self.actor[2:](actor), self.critic[2:](critic).squeeze(-1)
+
+    def log_prob(self, out: Tensor, log_y: Tensor, pairs: Tensor, sigma: float) -> Tensor:
+        """Log-density of tables (and log-probability of batch choices int64[B, variants]) given actor outputs."""
+        if self.variants == 0:
+            return log_density(out, log_y, sigma)
+        f, logits = self.heads(out)
         chosen = torch.log_softmax(logits, -1).gather(-1, pairs.unsqueeze(-1)).squeeze(-1)
         return log_density(f, log_y, sigma) + chosen.sum(-1)

@@ -7,6 +7,7 @@ of minibatches on the clipped objective (Eq. 10) for the actor and on the mean s
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,11 +76,11 @@ def without_input(reward: NDArray[np.float32], given: NDArray[np.float64]) -> ND
     What no policy can change can be taken out of the reward without moving any policy's rank: each loses the same.
     The best policy stays the best, but the noise of when bursts come and how long they last is gone.
     """
-    x = given.reshape(-1, given.shape[-1])
-    normal = x.T @ x
-    normal[np.diag_indices_from(normal)] += 1e-6 * len(x)
-    weights = np.linalg.solve(normal, x.T @ reward.reshape(-1).astype(np.float64))
-    return np.asarray(reward - given @ weights, dtype=np.float32)
+    x = torch.from_numpy(given.reshape(-1, given.shape[-1]))
+    y = torch.from_numpy(reward.reshape(-1).astype(np.float64))
+    normal = x.T @ x + 1e-6 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
+    explained = (x @ torch.linalg.solve(normal, x.T @ y)).reshape(reward.shape)
+    return np.asarray(reward - explained.numpy(), dtype=np.float32)
 
 
 class Trainer:
@@ -87,7 +88,7 @@ class Trainer:
 
     def __init__(self, task: Task, preset: Preset, seed: int, threads: int = 1) -> None:
         torch.manual_seed(seed)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(1)
         self.task, self.preset, self.seed, self.threads = task, preset, seed, threads
         kinds = task.service.kinds
         self.environments = self._environments(preset.environments, seed)
@@ -113,7 +114,6 @@ class Trainer:
             batching=self.task.batching,
             observable=self.task.observable,
             slot_s=self.task.slot_s,
-            threads=self.threads,
         )
 
     @property
@@ -140,16 +140,19 @@ class Trainer:
         pairs = torch.zeros((steps, e, self.variants), dtype=torch.int64)
         reward = np.zeros((steps, e), dtype=np.float32)
         given = np.zeros((steps, e, 9 * self.task.arrivals.phases))
+        value = np.zeros((steps + 1, e), dtype=np.float32)
+        old = torch.zeros((steps, e))
         with torch.no_grad():
-            for t in range(steps):
+            for t in range(steps + 1):
                 self.environments.observe(seen[t])
-                log_y[t], pairs[t] = self._act(torch.from_numpy(seen[t]), p.sigma)
+                out, values = self._look(seen[t])
+                value[t] = values.numpy() * (self.value_scale or 1.0) + self.value_mean
+                if t == steps:
+                    break
+                log_y[t], pairs[t] = self._act(out, p.sigma)
+                old[t] = self.network.log_prob(out, log_y[t], pairs[t], p.sigma)
                 reward[t] = self._step(self.environments, log_y[t], pairs[t])
                 given[t] = self.environments.exogenous()
-            self.environments.observe(seen[steps])
-            observed = torch.from_numpy(seen)
-            value = self._values(observed)
-            old = self._log_prob(observed[:-1].flatten(0, 1), log_y.flatten(0, 1), pairs.flatten(0, 1))
         mean_reward = float(reward.mean())
         if p.input_baseline:
             reward = without_input(reward, given)
@@ -157,19 +160,20 @@ class Trainer:
         advantage = advantages(reward, value, p.gamma, p.gae_lambda)
         target = torch.from_numpy((advantage + value[:-1] - self.value_mean) / self.value_scale).flatten()
         self._learn(
-            observed[:-1].flatten(0, 1), log_y.flatten(0, 1), pairs.flatten(0, 1), old,
+            torch.from_numpy(seen[:-1]).flatten(0, 1), log_y.flatten(0, 1), pairs.flatten(0, 1), old.flatten(),
             torch.from_numpy(advantage).flatten(), target,
         )  # fmt: skip
         self.update += 1
         return mean_reward
 
-    def _act(self, observation: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+    def _look(self, seen: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+        """Actor outputs and values of all environments."""
+        return self.network.both(torch.from_numpy(seen), torch.arange(len(seen)))
+
+    def _act(self, out: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities [E, n] and batch choices [E, variants]; sigma = 0 gives the most likely ones."""
-        if self.variants:
-            f, logits = self.network.heads(observation)
-        else:
-            f, logits = self.network.actor(observation), None
-        pairs = torch.zeros((len(observation), self.variants), dtype=torch.int64)
+        f, logits = self.network.heads(out) if self.variants else (out, None)
+        pairs = torch.zeros((len(out), self.variants), dtype=torch.int64)
         if sigma > 0.0:
             f = f + sigma * torch.randn(f.shape, generator=self.noise)
         if logits is not None:
@@ -186,14 +190,6 @@ class Trainer:
             return environments.step(table)
         limits = np.array(PAIRS, dtype=np.int64)[pairs.numpy()]
         return environments.step(table, limits[:, :, 0], limits[:, :, 1])
-
-    def _values(self, observed: Tensor) -> NDArray[np.float32]:
-        value = self.network.value(observed.flatten(0, 1)).reshape(observed.shape[:2]).numpy()
-        scale = self.value_scale or 1.0
-        return np.asarray(value * scale + self.value_mean, dtype=np.float32)
-
-    def _log_prob(self, observation: Tensor, log_y: Tensor, pairs: Tensor) -> Tensor:
-        return self.network.log_prob(observation, log_y, pairs if self.variants else None, self.preset.sigma)
 
     def _rescale(self, reward: NDArray[np.float32], value: NDArray[np.float32]) -> None:
         """Follow the mean and spread of the returns; the critic's last layer changes so that its values do not."""
@@ -224,30 +220,55 @@ class Trainer:
         done = min(self.slots / p.slots, 1.0)
         for group in self.adam.param_groups:
             group["lr"] = p.learning_rate * (1.0 - (1.0 - p.final_rate) * done)
-        for _ in range(p.epochs):
-            order = torch.randperm(len(observed), generator=self.noise)
-            for at in range(0, len(order), p.minibatch):
-                chosen = order[at : at + p.minibatch]
-                seen = observed[chosen]
-                gain = advantage[chosen]
-                gain = (gain - gain.mean()) / (gain.std() + 1e-8)
-                new = self._log_prob(seen, log_y[chosen], pairs[chosen])
-                objective = clipped_objective((new - old[chosen]).exp(), gain, p.clip)
-                error = (self.network.value(seen) - target[chosen]).square().mean()
-                loss = error - objective
-                if p.entropy and self.variants:
-                    choice = torch.log_softmax(self.network.heads(seen)[1], -1)
-                    loss = loss + p.entropy * (choice.exp() * choice).sum(-1).mean()
-                self.adam.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                self.adam.step()
+        weights = list(self.network.parameters())
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in range(p.epochs):
+                order = torch.randperm(len(observed), generator=self.noise)
+                for at in range(0, len(order), p.minibatch):
+                    chosen = order[at : at + p.minibatch]
+                    gain = advantage[chosen]
+                    gain = (gain - gain.mean()) / (gain.std() + 1e-8)
+                    # Whole parts of the minibatch side by side scale better than threads inside each operation.
+                    work = [
+                        pool.submit(
+                            self._gradient, observed, rows, log_y[rows], pairs[rows], old[rows], part, target[rows],
+                            len(rows) / len(chosen),
+                        )
+                        for rows, part in zip(chosen.chunk(self.threads), gain.chunk(self.threads), strict=True)
+                    ]  # fmt: skip
+                    parts = [w.result() for w in work]
+                    for weight, *gradients in zip(weights, *parts, strict=True):
+                        weight.grad = sum(gradients[1:], gradients[0])
+                    self.adam.step()
+
+    def _gradient(
+        self,
+        observed: Tensor,
+        rows: Tensor,
+        log_y: Tensor,
+        pairs: Tensor,
+        old: Tensor,
+        gain: Tensor,
+        target: Tensor,
+        weight: float,
+    ) -> tuple[Tensor, ...]:
+        """Gradients, times weight, of the critic's error less the actor's objective over part of a minibatch."""
+        p = self.preset
+        out, value = self.network.both(observed, rows)
+        new = self.network.log_prob(out, log_y, pairs, p.sigma)
+        objective = clipped_objective((new - old).exp(), gain, p.clip)
+        loss = (value - target).square().mean() - objective
+        if p.entropy and self.variants:
+            choice = torch.log_softmax(self.network.heads(out)[1], -1)
+            loss = loss + p.entropy * (choice.exp() * choice).sum(-1).mean()
+        return torch.autograd.grad(loss * weight, list(self.network.parameters()))
 
     def examine(self, slots: int = 100) -> dict[str, Scores]:
         """Scores of the policy without noise over `slots` more slots of 200 environments kept for this."""
         with torch.no_grad():
             for _ in range(slots):
-                seen = torch.from_numpy(self._examined.observe())
-                self._step(self._examined, *self._act(seen, 0.0))
+                out, _ = self._look(self._examined.observe())
+                self._step(self._examined, *self._act(out, 0.0))
         return scores_of(self._examined.take_counts(), self.task.arrivals.phase_names)
 
     def export(self, folder: Path, record: dict[str, Any]) -> None:
