@@ -113,9 +113,9 @@ def _run(
             on_progress(done, total)
     finally:
         for process in processes:
-            if process.is_alive():
+            if process.pid is not None:  # it was started
                 process.terminate()
-            process.join()
+                process.join()
     return samples
 
 

@@ -82,7 +82,9 @@ def profile(
         rows = [row for found in profiles for row in _profile_rows(found)]
         print(msgspec.json.encode({"file": str(out), "profiles": rows}).decode())
         return
-    table = Table("variant", "batch", "samples", "p50 ms", "p98 ms", "mean ms", "times", "beside it")
+    table = Table(
+        Column("variant", no_wrap=True), "batch", "samples", "p50 ms", "p98 ms", "mean ms", "times", "beside it"
+    )
     for found in profiles:
         for row in _profile_rows(found):
             cells = (f"{row[key]:.2f}" for key in ("p50_ms", "p98_ms", "mean_ms"))
