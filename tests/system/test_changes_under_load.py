@@ -81,6 +81,34 @@ def test_router_switches_lose_nothing(system: RunningSystem) -> None:
     asyncio.run(run())
 
 
+def test_a_scheduler_that_hangs_gives_way_to_deadline_and_takes_over_again(system: RunningSystem) -> None:
+    async def run() -> None:
+        async with client() as session:
+            before = await assert_conserved(system, session)
+            async with Load(session, f"{system.url}/v1/imagenet", 40.0) as load:
+                await _change_router(session, system, "threshold")
+                await _routed_by(session, system, "threshold")
+                hung = system.pid("scheduler")
+                os.kill(hung, signal.SIGSTOP)
+                try:
+
+                    async def fallen_back() -> bool:
+                        service = (await system.state(session))["services"]["imagenet"]
+                        return bool(service["routing_by"] == "deadline")
+
+                    await until(fallen_back, 10.0, "an expired table still routes")
+                finally:
+                    os.kill(hung, signal.SIGCONT)
+                await _routed_by(session, system, "threshold")
+                await _change_router(session, system, "deadline")
+                await _routed_by(session, system, "deadline")
+            after = await assert_conserved(system, session)
+            assert_client_agrees(load, before, after, "imagenet")
+            assert set(load.statuses()) == {200}, load.codes()
+
+    asyncio.run(run())
+
+
 def test_an_unknown_router_is_refused_and_changes_nothing(system: RunningSystem) -> None:
     async def run() -> None:
         async with client() as session:
@@ -197,6 +225,7 @@ def test_a_pipelining_client_that_leaves_cancels_the_request_that_is_served(syst
             # Each connection's first was in service (43 ms); those behind it never became requests.
             assert sum(ended.values()) <= 12
             assert ended.get("CANCELLED", 0) >= 5, ended
+            assert "Traceback" not in system.child("gateway-0").log_file.read_text()
 
     asyncio.run(run())
 
