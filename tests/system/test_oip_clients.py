@@ -7,9 +7,13 @@ import asyncio
 import gzip
 import io
 import json
+import os
+import subprocess
+import sys
 import warnings
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -232,7 +236,7 @@ def test_malformed_requests_get_400_and_the_reason(
 
 
 def test_the_rest_calls_of_kserve(system: RunningSystem) -> None:
-    """KServe's documented V2 REST calls, as its client writes them (see docs/api.md for the run with the package)."""
+    """KServe's documented V2 REST calls, as its client writes them. The package itself: the slow test below."""
 
     async def scenario() -> None:
         async with aiohttp.ClientSession(system.url) as session:
@@ -269,6 +273,28 @@ class InferRequestBody:
         head = json.dumps({"id": "1", "model_name": "digits", "inputs": [entry]}).encode()
         self.body = head + element
         self.headers = {self.LENGTH: str(len(head)), "content-type": "application/octet-stream"}
+
+
+@pytest.mark.slow
+def test_the_kserve_package(system: RunningSystem, tmp_path: Path) -> None:
+    """KServe's client itself, in an environment of its own: it holds back pandas and psutil for everybody else.
+
+    TIDEGATE_KSERVE_PYTHON names an interpreter that has it; otherwise it is installed for this test.
+    """
+    python = os.environ.get("TIDEGATE_KSERVE_PYTHON", "")
+    if not python:
+        subprocess.run([sys.executable, "-m", "venv", tmp_path / "kserve"], check=True)
+        python = str(tmp_path / "kserve" / "bin" / "python")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", "kserve==0.21.0"], check=True)
+    (tmp_path / "digit.jpg").write_bytes(picture())
+    script = Path(__file__).parents[1] / "fakes" / "kserve_calls.py"
+    side = str(load_catalog()["digits_light"].input.shape[-1])
+    done = subprocess.run([python, script, system.url, tmp_path / "digit.jpg", side], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["health"] == [True, True, True]
+    assert (found["id"], found["label"], found["shapes"]) == ("mine", "0", [[1, 10], [1, 10]])
+    assert "unknown model 'nothing'" in found["error"]
 
 
 def test_the_gateway_stays_small(system: RunningSystem) -> None:
