@@ -46,7 +46,7 @@ PAPER_BURST_LOAD: Final = 180.0 / (2 / PAPER_HEAVY_S + 2 / PAPER_LIGHT_S)
 PAPER_NORMAL_LOAD: Final = 10.0 / (2 / PAPER_HEAVY_S + 2 / PAPER_LIGHT_S)
 """Tan's arrival rates over the capacity of two heavy and two light instances."""
 
-BURST_S, CALM_S = 2.5, 6.0
+BURST_S, CALM_S = 1.5, 9.0
 """Mean holding times here (Tan: 27.8 and 500 s): several bursts have to fit into half a minute."""
 
 
@@ -150,7 +150,7 @@ def scaled_workload(service_s: Mapping[str, float], duration_s: float, seed: int
     """Tan's two-phase workload (Eq. 12) at the same load-to-capacity ratios on one heavy and one light instance.
 
     Holding times are shortened. The first seed from `seed` on is taken whose trace has at least two bursts and is
-    bursty for 20 to 50% of the time, so that a short trace shows both phases. Also the requirement in milliseconds,
+    bursty for 10 to 20% of the time, so that a short trace shows both phases. Also the requirement in milliseconds,
     in Tan's proportion to the heavy model's service time.
     """
     capacity = 1 / service_s[HEAVY] + 1 / service_s[LIGHT]
@@ -166,7 +166,7 @@ def scaled_workload(service_s: Mapping[str, float], duration_s: float, seed: int
         bursty = arrivals.phase == 0
         bursts = int(np.count_nonzero(bursty[1:] & ~bursty[:-1])) + int(bursty[0])
         share = np.count_nonzero(bursty) / burst / duration_s
-        if bursts >= 2 and 0.2 <= share <= 0.5:
+        if bursts >= 2 and 0.1 <= share <= 0.2:
             break
         seed += 1
     description = (
