@@ -48,10 +48,7 @@ def build_policy(
 
         return Exact(network) if name == "exact" else Exact(network, 0.03, beam_width=16, name=name)
     if name in LEARNED:
-        path = artifacts / name
-        own = artifacts / f"{name}-{load.per_service * len(network.tables)}"
-        if own.with_suffix(".json").exists():
-            path = own
+        path = _artifact_path(artifacts, name, load.per_service * len(network.tables))
     elif "/" in name:
         path = Path(name)
     else:
@@ -63,6 +60,18 @@ def build_policy(
             f"{load.per_service}; use hisper-sequential or train with --set per_service={load.per_service}"
         )
     return LearnedPolicy(name, network, artifact, bool(artifact.settings["sequential"]))
+
+
+def _artifact_path(artifacts: Path, name: str, agents: int) -> Path:
+    """`name` itself where one artifact serves any number, else the smallest `name-AGENTS` that has enough of them."""
+    counts = sorted(
+        int(file.stem.rpartition("-")[2])
+        for file in artifacts.glob(f"{name}-*.json")
+        if file.stem.rpartition("-")[0] == name and file.stem.rpartition("-")[2].isdigit()
+    )
+    if not counts:
+        return artifacts / name
+    return artifacts / f"{name}-{next((count for count in counts if count >= agents), counts[-1])}"
 
 
 @dataclass
