@@ -56,17 +56,17 @@ class OpenInference:
             call = OipCall(self._find(parts[1:-1]), headers, method, self._gateway.config.body_timeout_s)
             await self._gateway.serve(call, presence_of(scope), receive, send)
             return
-        read = method == "POST"
         try:
             body = b""
-            if read:
+            if method == "POST":
                 check_length(headers.get(b"content-length"), LARGEST_CONTROL_BYTES)
                 body = await read_body(receive, LARGEST_CONTROL_BYTES, self._gateway.config.body_timeout_s)
                 body = decompress(body, headers.get(b"content-encoding", b""), LARGEST_CONTROL_BYTES)
             query = cast(bytes, scope.get("query_string", b"")).decode("latin-1")
             status, answer = await self._answer(method, parts, headers, body, query)
         except Refused as error:
-            await send_refusal(send, request_id(headers), error, close=not read or error.http_status in (408, 413))
+            unread = error.http_status in (408, 413) or method not in ("GET", "HEAD", "POST")
+            await send_refusal(send, request_id(headers), error, close=unread)
         except ClientGone:
             return
         else:

@@ -22,6 +22,7 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from protocol.deployment import read_deployment
 from tests.fakes.running_system import any_port
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +102,17 @@ def test_the_cpu_override_starts_no_gpu_service() -> None:
     services = composed(CPU)["services"]
     started = {name for name, service in services.items() if not service.get("profiles")}
     assert started == {"redis", "deployment", "gateway", "scheduler", "prometheus", "worker-a", "worker-b"}
+
+
+@pytest.mark.parametrize("files", [GPU, CPU], ids=["gpu", "cpu"])
+def test_the_default_deployment_exists_and_names_the_files_workers(files: tuple[str, ...]) -> None:
+    services = composed(files)["services"]
+    posted = services["deployment"]["command"]
+    deployment = read_deployment(ROOT / posted[posted.index("-f") + 1])
+    commands = [
+        one["command"] for name, one in services.items() if name.startswith("worker-") and not one.get("profiles")
+    ]
+    assert {worker.name for worker in deployment.workers} == {line[line.index("--name") + 1] for line in commands}
 
 
 def test_the_dockerfile_is_clean() -> None:
