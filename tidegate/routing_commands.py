@@ -17,7 +17,7 @@ from policies.routing.contract import RoutingError
 # The simulator needs numba, which serving machines do without: what needs it is imported by the commands that do.
 if TYPE_CHECKING:
     from policies.routing.evaluate import Result
-    from policies.routing.queueing_model import ArrivalModel
+    from policies.routing.queueing_model import ArrivalModel, ServiceModel
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -236,3 +236,105 @@ def train(
     except WRONG as error:
         raise _fail(error) from error
     raise typer.Exit(status)
+
+
+@app.command()
+def learn(
+    out: Annotated[Path, typer.Option(help="folder for the artifact and ranking.json")],
+    workload: Workload = "paper",
+    minutes: Annotated[float, typer.Option(help="time for training")] = 6.0,
+    profile: Annotated[
+        Path | None, typer.Option(help="profile file (tidegate models profile) instead of the paper's service")
+    ] = None,
+    instances: Annotated[str, typer.Option(help="with --profile: VARIANT=COUNT,..., heaviest variant first")] = "",
+    requirement_ms: Annotated[float, typer.Option(help="latency requirement")] = 300.0,
+    seed: Seed = 1,
+    threads: Threads = 2,
+    json_output: AsJson = False,
+) -> None:
+    """Train a router for this workload, score it against every rule, and name the winner."""
+    from policies.routing.learn import learn as learn_router
+
+    try:
+        service = _service(profile, instances, requirement_ms / 1000.0)
+        with Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=errors, transient=True
+        ) as bar:
+            task = bar.add_task("preparing", total=1.0)
+
+            def tell(what: str, share: float) -> None:
+                bar.update(task, description=what, completed=share)
+
+            found = learn_router(
+                service, arrivals_of(workload), out, minutes=minutes, seed=seed, threads=threads, report=tell
+            )
+    except WRONG as error:
+        raise _fail(error) from error
+    if json_output:
+        print((out / "ranking.json").read_text())
+        return
+    print(f"winner: {found.winner} (trained {found.slots / 1e6:.2f} M slots; all scores in {out / 'ranking.json'})")
+    for line in score_lines("", {r.router: r for r in found.results}):
+        print(line)
+
+
+@app.command()
+def advise(
+    workload: Workload = "paper",
+    profile: Annotated[
+        Path | None, typer.Option(help="profile file (tidegate models profile) instead of the paper's service")
+    ] = None,
+    instances: Annotated[str, typer.Option(help="with --profile: VARIANT=COUNT,..., heaviest variant first")] = "",
+    requirement_ms: Annotated[float, typer.Option(help="latency requirement")] = 300.0,
+    promise: Annotated[float, typer.Option(help="share of violations that is promised")] = 0.02,
+    router: Annotated[str, typer.Option(help="router to simulate")] = "deadline",
+    slots: Annotated[int, typer.Option(help="slots per simulation")] = 20_000,
+    seed: Seed = 1,
+    json_output: AsJson = False,
+) -> None:
+    """Whether a deployment will keep its promise, at what load it breaks, and what would change that."""
+    from policies.routing.advise import advise as advise_on
+
+    try:
+        service = _service(profile, instances, requirement_ms / 1000.0)
+        with errors.status("simulating"):
+            found = advise_on(service, arrivals_of(workload), promise=promise, router=router, slots=slots, seed=seed)
+    except WRONG as error:
+        raise _fail(error) from error
+    if json_output:
+        changes = [{"what": c.what, "breaks_at": c.breaks_at, **c.now.as_dict()} for c in found.changes]
+        print(json.dumps({"keeps": found.keeps, "promise": promise, "changes": changes}))
+        return
+    verdict = "keeps" if found.keeps else "breaks"
+    print(f"{router} on {workload}: {verdict} its promise of at most {100 * promise:g}% violations")
+    print(f"{'deployment':48s}{'goodput':>9s}{'violations':>12s}   breaks at")
+    for c in found.changes:
+        goodput, violations = 100 * c.now.goodput_ratio, 100 * c.now.violation_ratio
+        print(f"{c.what:48s}{goodput:8.2f}%{violations:11.3f}%   {c.breaks_at:.2f} x today's rates")
+
+
+def _service(profile: Path | None, instances: str, requirement_s: float) -> "ServiceModel":
+    """The paper's service, or one of profiled variants with their quantile grids."""
+    from policies.routing.contract import BATCH_SIZES, InstanceKind
+    from policies.routing.presets import paper_service
+    from policies.routing.queueing_model import ServiceModel
+
+    if profile is None:
+        return paper_service(requirement_s)
+    from models.profiles import read_profiles
+
+    known = {p.variant: p for p in read_profiles(profile)}
+    kinds, grids = [], []
+    for rank, part in enumerate(instances.split(",")):
+        name, _, count = part.partition("=")
+        if name not in known or not count.isdigit() or int(count) < 1:
+            raise RoutingError(f"instances = {instances!r}: write VARIANT=COUNT,... with variants of {sorted(known)}")
+        found = known[name]
+        largest = found.times[-1].batch_size
+        grid = np.stack([found.grid_s(min(b, largest)) for b in BATCH_SIZES])
+        accuracy = found.accuracy.value
+        if accuracy is None:
+            raise RoutingError(f"profile of {name} has no accuracy: routing needs one to weigh variants")
+        kinds += [InstanceKind(name, rank, float(grid[0].mean()), float(accuracy))] * int(count)
+        grids += [grid] * int(count)
+    return ServiceModel(tuple(kinds), requirement_s=requirement_s, law="empirical", quantiles_s=np.stack(grids))
