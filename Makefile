@@ -43,7 +43,7 @@ train-env: .venv/.ready-test
 .venv/.ready-test: .venv/bin/python pyproject.toml
 	@echo "installing what the tests need (a few minutes the first time)"
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable '.[$(RUNTIME),demo,train,place,edge,test,dev]'
+	@$(PIP) --editable '.[$(RUNTIME),demo,train,place,openvino,test,dev]'
 	@$(PIP) --no-deps torchvision==0.28.0 timm==1.0.31
 	@touch $@ .venv/.ready-demo
 
