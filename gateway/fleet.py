@@ -17,14 +17,17 @@ import msgspec
 
 from gateway.router import ServiceRouter
 from protocol.board import BOARD_ERRORS, Board
+from protocol.frames import Kind
+from protocol.link import LinkClosed
 from protocol.peer import Peer
-from protocol.records import Deployment, InstanceRecord, InstanceState, Table
+from protocol.records import Deployment, InstanceRecord, InstanceState, Table, WorkerStatus
 
 log = logging.getLogger("gateway.fleet")
 
 READ_AGAIN_S: Final = 1.0
 PHASES: Final = {b"bursty": 0, b"normal": 1}
 """The header X-Tidegate-Phase, in the order of Tan's Eq. 12."""
+GREETING_S: Final = 1.0
 FORGET_AFTER_S: Final = 5.0
 """An instance that is off the board but still connected is kept this long: the board may have lost its memory.
 
@@ -44,6 +47,8 @@ class Fleet:
         self._on_change = on_change
         self._records: dict[str, InstanceRecord] = {}
         self._seen_s: dict[str, float] = {}
+        self._epochs: dict[str, str] = {}  # by address: which start of a worker is at the other end of its link
+        self._greetings: dict[str, asyncio.Task[None]] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loops: list[asyncio.Task[None]] = []
         self._phases: dict[str, int] = {}
@@ -59,7 +64,7 @@ class Fleet:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [*self._loops, *self._tasks.values(), *self._posting]
+        tasks = [*self._loops, *self._tasks.values(), *self._greetings.values(), *self._posting]
         for task in tasks:
             task.cancel()
         for task in tasks:
@@ -73,7 +78,7 @@ class Fleet:
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience_s):
-                while not self._looked or not all(peer.up for peer in self.peers.values()):  # noqa: ASYNC110
+                while not self._looked or self.peers.keys() - self._epochs.keys():  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
 
     def missing(self) -> list[str]:
@@ -167,25 +172,48 @@ class Fleet:
         for address in self.peers.keys() & addresses:
             if not self.peers[address].up:
                 self.peers[address].hurry()
+            elif address not in self._epochs and self._greetings[address].done():
+                self._greet(self.peers[address])
         for address in self.peers.keys() - addresses:
             if self.peers[address].in_flight == 0:
                 del self.peers[address]
+                self._epochs.pop(address, None)
                 self._tasks.pop(address).cancel()
+                if (greeting := self._greetings.pop(address, None)) is not None:
+                    greeting.cancel()
 
     def _on_link(self, peer: Peer) -> None:
         log.info("link to %s is %s", peer.address, "up" if peer.up else f"down: {peer.last_error}")
-        self._connect()
+        self._epochs.pop(peer.address, None)
+        if peer.up:
+            self._greet(peer)
+        else:
+            self._spread()
+
+    def _greet(self, peer: Peer) -> None:
+        """Asks a worker which start of it this is; it gets requests once that is known."""
+        if (greeting := self._greetings.pop(peer.address, None)) is not None:
+            greeting.cancel()
+        self._greetings[peer.address] = asyncio.create_task(self._meet(peer), name=f"greet {peer.address}")
+
+    async def _meet(self, peer: Peer) -> None:
+        try:
+            async with asyncio.timeout(GREETING_S):
+                _, future = peer.request(Kind.STATUS_REQUEST)
+                status = msgspec.msgpack.decode((await future).meta, type=WorkerStatus)
+        except (LinkClosed, TimeoutError, msgspec.MsgspecError) as error:
+            log.warning("the worker at %s does not say who it is: %s", peer.address, error)
+            return
+        self._epochs[peer.address] = status.epoch
+        self._spread()
+
+    def _current(self, record: InstanceRecord) -> bool:
+        """False for the registration of a worker that has died, while its successor already listens."""
+        return self._epochs.get(record.address, record.epoch) == record.epoch
 
     def _spread(self) -> None:
         """Hands every service its instances."""
-        connected = {address for address, peer in self.peers.items() if peer.up}
         for router in self.services.values():
-            records = [record for record in self._records.values() if record.service == router.name]
-            router.set_instances(records, connected)
-        self._on_change()
-
-    def _connect(self) -> None:
-        connected = {address for address, peer in self.peers.items() if peer.up}
-        for router in self.services.values():
-            router.set_connected(connected)
+            records = [one for one in self._records.values() if one.service == router.name and self._current(one)]
+            router.set_instances(records, self._epochs.keys())
         self._on_change()

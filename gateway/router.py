@@ -8,7 +8,7 @@ All mutable state: the parallel lists, the table and when it expires.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from typing import Final
 
 import msgspec
@@ -107,7 +107,7 @@ class ServiceRouter:
 
     # who is there
 
-    def set_instances(self, records: Iterable[InstanceRecord], connected: set[str]) -> None:
+    def set_instances(self, records: Iterable[InstanceRecord], connected: Set[str]) -> None:
         """The registrations of this service, and the worker addresses that can be reached now.
 
         An instance keeps its state while it stays; one that restarted (another epoch) starts afresh.
@@ -153,7 +153,7 @@ class ServiceRouter:
         self._count()
         self._read_table()
 
-    def set_connected(self, connected: set[str]) -> None:
+    def set_connected(self, connected: Set[str]) -> None:
         """Only instances that are ready, of a variant that the service names, at a reachable worker get places."""
         for index, target in enumerate(self.targets):
             record = target.record

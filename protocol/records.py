@@ -65,11 +65,15 @@ class Reply(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class WorkerStatus(msgspec.Struct, array_like=True, frozen=True):
-    """Every instance of a worker at one moment."""
+    """Every instance of a worker at one moment.
+
+    `epoch` is that of this start of the worker: a registration of another one is out of date, however fresh it looks.
+    """
 
     worker: str
     instances: tuple[Status, ...]
     draining: bool = False
+    epoch: str = ""
 
 
 class Goodbye(msgspec.Struct, array_like=True, frozen=True):

@@ -39,8 +39,9 @@ async def serve_until(stop: asyncio.Event, config: WorkerConfig, clock: Clock | 
     device, preparer = Device(clock), Preparer(config.prepare_threads)
     host = Host(clock, device, preparer)
     callers: set[Caller] = set()
-    listener = await serve(config.address, lambda: Caller(config.name, host, callers).connection)
-    site = Site(config.name, advertised(config, listener), secrets.token_hex(8))
+    epoch = secrets.token_hex(8)
+    listener = await serve(config.address, lambda: Caller(config.name, host, callers, epoch).connection)
+    site = Site(config.name, advertised(config, listener), epoch)
     try:
         with serve_metrics(config.metrics_host, config.metrics_port, config.name, host):
             async with Board(config.board) as board:
@@ -105,9 +106,10 @@ def advertised(config: WorkerConfig, listener: asyncio.Server) -> str:
 class Caller:
     """One connection and its requests that are in this worker. A connection that ends cancels them all."""
 
-    def __init__(self, worker: str, host: Host, callers: "set[Caller]") -> None:
+    def __init__(self, worker: str, host: Host, callers: "set[Caller]", epoch: str = "") -> None:
         self.connection = Connection(self._on_frame, self._on_close)
         self._worker = worker
+        self._epoch = epoch
         self._host = host
         self._callers = callers
         self._requests: dict[int, Request] = {}
@@ -121,7 +123,7 @@ class Caller:
                 if request := self._requests.get(frame.request_id):
                     self._host.cancel(request)
             case Kind.STATUS_REQUEST:
-                status = WorkerStatus(self._worker, self._host.status(), self._host.draining)
+                status = WorkerStatus(self._worker, self._host.status(), self._host.draining, self._epoch)
                 connection.send(Kind.STATUS, frame.request_id, status)
             case _:
                 connection.close(f"a worker takes no {Kind(frame.kind).name} frame")
