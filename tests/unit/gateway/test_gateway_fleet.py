@@ -1,0 +1,201 @@
+"""What the gateway believes: registrations of a worker that is there, and is the one that wrote them."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from gateway.fleet import Fleet
+from gateway.router import Target
+from protocol.board import Board
+from protocol.frames import Frame, Kind
+from protocol.link import Connection, serve
+from protocol.records import Deployment, InstanceRecord, InstanceState, ServiceSpec, Table, WorkerStatus
+
+
+class FakeBoard:
+    """What Redis would hold, and a way to tell the follower."""
+
+    def __init__(self) -> None:
+        spec = ServiceSpec(variants=("light",), requirement_ms=300.0, router="uniform")
+        self.posted: Deployment | None = Deployment(name="d", services={"s": spec}, workers=(), version=1)
+        self.records: list[InstanceRecord] = []
+        self.away = False
+        self._on_news: Callable[[str, bytes], Awaitable[None]] | None = None
+
+    async def deployment(self) -> Deployment | None:
+        """As on the board."""
+        self._reach()
+        return self.posted
+
+    async def instances(self) -> list[InstanceRecord]:
+        """As on the board."""
+        self._reach()
+        return self.records
+
+    async def table(self, service: str) -> Table | None:
+        """None."""
+        return None
+
+    async def follow(
+        self, read_all: Callable[[], Awaitable[None]], on_news: Callable[[str, bytes], Awaitable[None]]
+    ) -> None:
+        """Reads once, then waits for `news`."""
+        self._on_news = on_news
+        await read_all()
+        await asyncio.Event().wait()
+
+    async def news(self, what: bytes) -> None:
+        """Something changed."""
+        assert self._on_news is not None
+        await self._on_news("news", what)
+
+    def _reach(self) -> None:
+        if self.away:
+            raise ConnectionError("away")
+
+
+class FakeWorker:
+    """Listens on a unix socket and says which start of itself it is; or says nothing."""
+
+    def __init__(self, folder: Path, epoch: str, *, mute: bool = False) -> None:
+        self.address = f"unix:{folder}/w.sock"
+        self._epoch = epoch
+        self._mute = mute
+        self._connections: list[Connection] = []
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> "FakeWorker":
+        """Listen."""
+        self._server = await serve(self.address, self._connection)
+        return self
+
+    async def stop(self) -> None:
+        """As if killed."""
+        assert self._server is not None
+        self._server.close()
+        for connection in self._connections:
+            connection.close("killed")
+        await asyncio.sleep(0)
+
+    def record(self, epoch: str) -> InstanceRecord:
+        """A registration by some start of this worker."""
+        return InstanceRecord(
+            id="w/light", worker="w", address=self.address, service="s", variant="light", capacity=3,
+            state=InstanceState.READY, epoch=epoch,
+        )  # fmt: skip
+
+    def _connection(self) -> Connection:
+        self._connections.append(Connection(self._on_frame))
+        return self._connections[-1]
+
+    def _on_frame(self, connection: Connection, frame: Frame) -> None:
+        if frame.kind == Kind.STATUS_REQUEST and not self._mute:
+            connection.send(Kind.STATUS, frame.request_id, WorkerStatus("w", (), False, self._epoch))
+
+
+def run(body: Callable[[Fleet, FakeBoard], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        board = FakeBoard()
+        async with asyncio.timeout(30.0), Fleet(cast(Board, board), on_change=lambda: None) as fleet:
+            await body(fleet, board)
+
+    asyncio.run(bounded())
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
+
+
+def routable(fleet: Fleet) -> bool:
+    return isinstance(fleet.services["s"].route(0.0, 1.0, 0.5), Target)
+
+
+def test_a_worker_gets_requests_once_it_is_registered_and_reached(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, board: FakeBoard) -> None:
+        await fleet.settle(5.0)
+        assert fleet.missing() == ["s"]
+        worker = await FakeWorker(tmp_path, "1").start()
+        board.records = [worker.record("1")]
+        await board.news(b"instances")
+        await fleet.settle(5.0)
+        assert routable(fleet)
+        assert fleet.missing() == []
+        await worker.stop()
+        await until(lambda: not routable(fleet))
+
+    run(body)
+
+
+def test_a_registration_of_an_earlier_life_is_not_believed(tmp_path: Path) -> None:
+    """It outlives a killed worker by seconds on the board, while the new one listens and still loads."""
+
+    async def body(fleet: Fleet, board: FakeBoard) -> None:
+        await fleet.settle(5.0)
+        worker = await FakeWorker(tmp_path, "2").start()
+        board.records = [worker.record("1")]
+        await board.news(b"instances")
+        await fleet.settle(5.0)
+        assert next(iter(fleet.peers.values())).up
+        assert not routable(fleet)
+        assert fleet.missing() == ["s"]
+        board.records = [worker.record("2")]
+        await board.news(b"instances")
+        assert routable(fleet)
+        await worker.stop()
+
+    run(body)
+
+
+def test_a_worker_that_accepts_but_does_not_speak_gets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.fleet.GREETING_S", 0.05)
+
+    async def body(fleet: Fleet, board: FakeBoard) -> None:
+        await fleet.settle(5.0)
+        worker = await FakeWorker(tmp_path, "1", mute=True).start()
+        board.records = [worker.record("1")]
+        await board.news(b"instances")
+        await fleet.settle(0.2)
+        assert next(iter(fleet.peers.values())).up
+        assert not routable(fleet)
+        worker._mute = False
+        await until(lambda: routable(fleet))  # it is asked again with the next look at the board
+        await worker.stop()
+
+    run(body)
+
+
+def test_a_board_that_goes_away_or_forgets_takes_nobody_along(tmp_path: Path) -> None:
+    async def body(fleet: Fleet, board: FakeBoard) -> None:
+        worker = await FakeWorker(tmp_path, "1").start()
+        board.records = [worker.record("1")]
+        await fleet.settle(5.0)
+        await board.news(b"instances")
+        await fleet.settle(5.0)
+        board.records, board.posted = [], None  # it lost its memory
+        await board.news(b"instances")
+        await board.news(b"deployment")
+        assert routable(fleet)
+        board.away = True
+        await asyncio.sleep(0)
+        assert routable(fleet)
+        await worker.stop()
+
+    run(body)
+
+
+def test_an_older_deployment_and_an_unknown_router_change_nothing() -> None:
+    async def body(fleet: Fleet, board: FakeBoard) -> None:
+        await fleet.settle(5.0)
+        good = board.posted
+        assert good is not None
+        bad = {"s": ServiceSpec(variants=("light",), requirement_ms=300.0, router="best")}
+        for services, version in ((bad, 2), ({}, 1)):
+            board.posted = Deployment(name="d", services=services, workers=(), version=version)
+            await board.news(b"deployment")
+            assert fleet.services["s"].spec.router == "uniform"
+
+    run(body)
