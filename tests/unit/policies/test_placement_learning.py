@@ -229,6 +229,7 @@ def test_runs_write_artifacts_that_load_and_decide(settings: Settings, tmp_path:
     train(settings, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] >= settings.steps
+    assert any((tmp_path / "tensorboard").glob("events*"))
     artifact = load_artifact(tmp_path / "actors", NETWORK)
     policy = LearnedPolicy("x", NETWORK, artifact, settings.sequential)
     slots = draw_slots(NETWORK, settings.load(), 5, np.random.default_rng(0))
