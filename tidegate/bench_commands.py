@@ -51,7 +51,7 @@ class BenchError(RuntimeError):
 @app.command("gateway")
 def bench_gateway(
     repeats: Annotated[int, typer.Option(help="Rounds; medians over rounds are reported.")] = 5,
-    seconds: Annotated[float, typer.Option(help="Length of one measurement.")] = 4.0,
+    seconds: Annotated[int, typer.Option(help="Length of one measurement.", min=1)] = 4,
     as_json: AsJson = False,
 ) -> None:
     """Requests/s and latency of the whole path with an instance that answers at once, beside MOSEC and a bare app.
@@ -80,7 +80,7 @@ def bench_gateway(
     )
 
 
-async def _bench_gateway(repeats: int, seconds: float, console: Console) -> dict[str, Any]:
+async def _bench_gateway(repeats: int, seconds: int, console: Console) -> dict[str, Any]:
     wrk = shutil.which("wrk")
     if wrk is None:
         raise BenchError("wrk is not installed: apt-get install wrk (or your system's package)")
@@ -126,9 +126,9 @@ async def _bench_gateway(repeats: int, seconds: float, console: Console) -> dict
     return {**result, "repeats": repeats}
 
 
-async def _wrk(wrk: str, script: Path, url: str, connections: int, seconds: float) -> dict[str, float]:
+async def _wrk(wrk: str, script: Path, url: str, connections: int, seconds: int) -> dict[str, float]:
     process = await asyncio.create_subprocess_exec(
-        wrk, "-t1", f"-c{connections}", f"-d{seconds:g}s", "--latency", "-s", str(script), url,
+        wrk, "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", "-s", str(script), url,
         stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     output = (await process.communicate())[0].decode()
