@@ -267,7 +267,8 @@ def test_a_held_client_that_leaves_gives_up_its_turn() -> None:
     run(body)
 
 
-def test_a_client_that_leaves_in_the_moment_it_is_placed_takes_no_place_along() -> None:
+@pytest.mark.parametrize("way", ["left", "cancelled"])
+def test_who_ends_in_the_moment_of_being_placed_takes_no_place_along(way: str) -> None:
     async def body() -> None:
         fleet = ScriptedFleet("single-queue", capacity=10, a="heavy")
         dispatch = dispatcher(fleet)
@@ -275,9 +276,14 @@ def test_a_client_that_leaves_in_the_moment_it_is_placed_takes_no_place_along() 
         tasks = [await started(dispatch, fleet, one) for one in (first, second)]
         fleet["a"].reply(Attempt.OK)
         await tasks[0]
-        second.abandon(ClientGone())
-        with pytest.raises(ClientGone):
+        assert fleet.router.targets[0].in_flight == 1, "placed, and not yet sent"
+        if way == "left":
+            second.abandon(ClientGone())
+        else:
+            tasks[1].cancel()
+        with pytest.raises((ClientGone, asyncio.CancelledError)):
             await tasks[1]
+        assert len(fleet["a"].asked) == 1
         at_rest(dispatch, fleet)
 
     run(body)
