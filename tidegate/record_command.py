@@ -112,6 +112,7 @@ async def _record(url: str, service: str, duration_s: float | None, console: Con
         for link in links:
             await link.poll(recorder)
         ends_s = start_s + duration_s if duration_s is not None else float("inf")
+        console.print(f"recording {url} ({len(links)} gateway processes); Ctrl-C ends", highlight=False, markup=False)
         with console.status("recording") as status:
             while not stop.is_set() and time.monotonic() < ends_s:
                 with contextlib.suppress(TimeoutError):
@@ -120,7 +121,7 @@ async def _record(url: str, service: str, duration_s: float | None, console: Con
                 for link in links:
                     await link.poll(recorder)
                 counted, so_far_s = len(recorder.times_s), time.monotonic() - start_s
-                status.update(f"recording {url}: {counted} arrivals in {so_far_s:.0f} s (Ctrl-C ends)")
+                status.update(f"{counted} arrivals in {so_far_s:.0f} s")
         return recorder, min(time.monotonic(), ends_s) - start_s
 
 

@@ -274,6 +274,7 @@ def until_ready(url: str, patience_s: float = 40.0) -> None:
 
 
 @pytest.mark.redis
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("files", "settings", "service"),
     [
@@ -315,6 +316,7 @@ def _alerts_speak_of_metrics_that_exist(host: Host, url: str) -> None:
 
 
 @pytest.mark.redis
+@pytest.mark.timeout(300)
 def test_a_redis_that_loses_its_memory_is_filled_again(tmp_path: Path) -> None:
     with running(CPU, tmp_path) as host:
         url = f"http://127.0.0.1:{host.port('gateway', '8700')}"

@@ -32,7 +32,8 @@ def test_a_recording_is_what_was_sent(tmp_path: Path) -> None:
         recording = subprocess.Popen(
             [*command, "-o", str(out), "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        time.sleep(5.0)  # the recording has no other sign of having begun than its progress line
+        assert recording.stderr is not None
+        assert "2 gateway processes" in recording.stderr.readline()
         sent_s = []
         for _ in range(2):
             for _ in range(4):
