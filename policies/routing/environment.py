@@ -67,7 +67,8 @@ class SlotEnvironments:
     """E copies of one service under one workload, stepped slot by slot together.
 
     `observe` gives float32[E, features]; `step` takes probabilities float64[E, n] and batch limits int64[E, ranks]
-    and gives rewards float64[E].
+    and gives rewards float64[E]. at_changes: a change of phase also ends a step, so that whoever sees the phase can
+    decide at once (Tan 6.2 allows decisions triggered by events); steps then are slots or parts of slots.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class SlotEnvironments:
         batching: bool = False,
         observable: bool = False,
         slot_s: float = 1.0,
+        at_changes: bool = False,
         threads: int = 1,
     ) -> None:
         self.system, self.state = build(service, arrivals, environments, seed, batching=batching)
@@ -91,6 +93,7 @@ class SlotEnvironments:
         )
         self.slot_s = slot_s
         self.slots = 0
+        self._at_changes = at_changes
         self._arrived = np.zeros((environments, arrivals.phases))
         self._threads = threads
         self._ages = np.zeros(AGES)
@@ -115,12 +118,15 @@ class SlotEnvironments:
     def step(
         self, probabilities: FloatArray, minimum: IntArray | None = None, maximum: IntArray | None = None
     ) -> FloatArray:
-        """One slot; returns the rewards float64[E] of Eq. 2."""
+        """One slot, or what is left of it after a change of phase; returns the rewards float64[E] of Eq. 2."""
         state = self.state
         self.slots += 1
         state.clock[:, REWARD] = 0.0
         before = state.tally[:, :, ARRIVED].copy()
-        run_tables(self.system, state, probabilities, self.slots * self.slot_s, minimum, maximum, self._threads)
+        until_s: float | FloatArray = self.slots * self.slot_s
+        if self._at_changes:
+            until_s = (np.floor(state.clock[:, NOW_S] / self.slot_s + 1e-9) + 1.0) * self.slot_s
+        run_tables(self.system, state, probabilities, until_s, minimum, maximum, self._threads, stop=self._at_changes)
         self._arrived = state.tally[:, :, ARRIVED] - before
         return state.clock[:, REWARD].copy()
 
@@ -131,7 +137,7 @@ class SlotEnvironments:
         1, 2, 3 slots or longer), a constant and the arrivals.
         """
         state, m = self.state, self._arrived.shape[1]
-        age = (self.slots * self.slot_s - state.clock[:, SINCE_S]) / self.slot_s
+        age = (state.clock[:, NOW_S] - state.clock[:, SINCE_S]) / self.slot_s
         bucket = state.marks[:, PHASE] * 4 + np.clip(age, 0, 3).astype(np.int64)
         hot = np.zeros((self.environments, 4 * m))
         hot[np.arange(self.environments), bucket] = 1.0

@@ -12,7 +12,7 @@ from policies.routing.contract import FloatArray, RoutingError
 from policies.routing.environment import SlotEnvironments
 from policies.routing.learned import LearnedPolicy, load_policy
 from policies.routing.presets import paper_service
-from policies.routing.queueing_model import COUNTERS, LENGTH, PHASE, TRACE, ArrivalModel, ServiceModel, build
+from policies.routing.queueing_model import COUNTERS, LENGTH, NOW_S, PHASE, TRACE, ArrivalModel, ServiceModel, build
 from policies.routing.rules import RULES
 from policies.routing.scores import Scores, scores_of
 from policies.routing.simulator import run_rule, run_tables
@@ -178,7 +178,7 @@ def _run_learned(
 ) -> FloatArray:
     environments = SlotEnvironments(
         service, arrivals, e, seed, batching=policy.batching, observable=policy.needs_phase, slot_s=policy.slot_s,
-        threads=threads,
+        threads=threads, at_changes=policy.needs_phase,
     )  # fmt: skip
     if environments.layout.hash != policy.layout.hash:
         raise RoutingError(
@@ -186,13 +186,15 @@ def _run_learned(
             f"have {environments.layout.hash} ({environments.layout}): train one for them"
         )
     total = np.zeros((arrivals.phases, COUNTERS))
-    steps = int(np.ceil(duration_s / policy.slot_s))
     seen = np.zeros((e, policy.layout.size), dtype=np.float32)
-    for t in range(steps):
+    step = 0
+    # Where a change of phase ends a step too, environments part by fractions of a slot: run until all are there.
+    while float(environments.state.clock[:, NOW_S].min()) < duration_s - 1e-9:
         tables, low, high = policy.tables(environments.observe(seen))
         environments.step(tables, low, high)
-        if progress is not None and t % 1000 == 0:
-            progress(t / steps)
+        step += 1
+        if progress is not None and step % 1000 == 0:
+            progress(min(step * policy.slot_s / duration_s, 1.0))
     total += environments.take_counts()
     return total
 

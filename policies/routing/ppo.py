@@ -114,6 +114,7 @@ class Trainer:
             batching=self.task.batching,
             observable=self.task.observable,
             slot_s=self.task.slot_s,
+            at_changes=self.task.observable,
         )
 
     @property

@@ -245,8 +245,11 @@ def _admit(
 
 
 @jit
-def _next_arrival(y: System, p: Settings, random: Any, x: Any, z: Any, until_s: float) -> bool:
-    """Move the arrival process to its next arrival, or to until_s if none comes before (then False)."""
+def _next_arrival(y: System, p: Settings, random: Any, x: Any, z: Any, until_s: float, stop: bool) -> bool:
+    """Move the arrival process to its next arrival, or to until_s if none comes before (then False).
+
+    stop: also return False, at that moment, when the phase changes without an arrival (not for traces).
+    """
     if p.arrivals == TRACE:
         j = z[POSITION]
         if j >= y.trace_s.shape[0] or y.trace_s[j] > until_s:
@@ -267,6 +270,9 @@ def _next_arrival(y: System, p: Settings, random: Any, x: Any, z: Any, until_s: 
                 z[PHASE] = h
                 x[SINCE_S] = change_s
                 x[PENDING_S] = change_s + draw_exponential(random, ARRIVAL_STREAM) / y.event_rate[h]
+                if stop:
+                    x[NOW_S] = change_s
+                    return False
                 continue
         now_s = x[PENDING_S]
         if now_s > until_s:
@@ -290,17 +296,22 @@ def _next_arrival(y: System, p: Settings, random: Any, x: Any, z: Any, until_s: 
         if arrival:
             z[POSITION] += 1
             return True
+        if stop:
+            return False
 
 
 @jit
-def _run_table(y: System, s: State, e: int, sums: Any, until_s: float) -> None:
-    """Environment e to until_s under fixed tables, cumulative: one row, or one per phase of the workload."""
+def _run_table(y: System, s: State, e: int, sums: Any, until_s: float, stop: bool) -> None:
+    """Environment e to until_s under fixed tables, cumulative: one row, or one per phase of the workload.
+
+    stop: only to the next change of phase, if that comes before.
+    """
     p, kind, grid_s = y.set, y.kind, y.grid_s
     random, x, z, q, f = s.random[e], s.clock[e], s.marks[e], s.queue[e], s.times[e]
     limits, count, log = s.limits[e], s.tally[e], s.log
     n = kind.shape[0]
     by_phase = sums.shape[0] > 1
-    while _next_arrival(y, p, random, x, z, until_s):
+    while _next_arrival(y, p, random, x, z, until_s, stop):
         now_s = x[NOW_S]
         h = z[PHASE]
         count[h, ARRIVED] += 1
@@ -314,6 +325,7 @@ def _run_table(y: System, s: State, e: int, sums: Any, until_s: float) -> None:
             _finish(p, kind, q, f, x, count, log, i)
             _start(p, kind, grid_s, random, q, f, x, limits, count, i, free_s)
         _admit(p, kind, grid_s, random, q, f, x, limits, count, i, now_s, now_s, h, z[POSITION] - 1, 0.0)
+    until_s = x[NOW_S]
     for i in range(n):
         while f[i, FINISH_S] <= until_s:
             free_s = f[i, FINISH_S]
@@ -335,12 +347,12 @@ def _set_batches(y: System, s: State, e: int, minimum: Any, maximum: Any) -> Non
 
 @kernel
 def _tables(
-    y: System, s: State, sums: FloatArray, minimum: IntArray, maximum: IntArray, until_s: float, lo: int, hi: int
+    y: System, s: State, sums: Any, minimum: Any, maximum: Any, until_s: Any, stop: bool, lo: int, hi: int
 ) -> None:
     for e in range(lo, hi):
         if y.set.batching:
             _set_batches(y, s, e, minimum[e], maximum[e])
-        _run_table(y, s, e, sums[e], until_s)
+        _run_table(y, s, e, sums[e], until_s[e], stop)
 
 
 @jit
@@ -417,7 +429,7 @@ def _run_rule(y: System, s: State, e: int, rule: int, until_s: float) -> None:
     random, x, z, q, f = s.random[e], s.clock[e], s.marks[e], s.queue[e], s.times[e]
     limits, count = s.limits[e], s.tally[e]
     gateways = s.view_length.shape[1]
-    while _next_arrival(y, p, random, x, z, until_s):
+    while _next_arrival(y, p, random, x, z, until_s, False):
         now_s = x[NOW_S]
         _advance_in_order(y, s, e, now_s, rule)
         g = 0
@@ -496,27 +508,30 @@ def run_tables(
     system: System,
     state: State,
     probabilities: FloatArray,
-    until_s: float,
+    until_s: float | FloatArray,
     minimum: IntArray | None = None,
     maximum: IntArray | None = None,
     threads: int = 1,
+    stop: bool = False,
 ) -> None:
     """Every environment to until_s under its own table.
 
     probabilities float64[E, n], or float64[E, m, n] for a table per phase, changed the moment the phase does;
-    minimum, maximum int64[E, ranks]: batch limits, for a system that is batching.
+    minimum, maximum int64[E, ranks]: batch limits, for a system that is batching; until_s: one time, or one per
+    environment; stop: an environment stops early at a change of phase (its clock says when).
     Counts and rewards are added to `State.tally` and to column REWARD of `State.clock`.
     """
     tables = probabilities[:, None, :] if probabilities.ndim == 2 else probabilities
     if not np.isfinite(tables).all() or (tables < 0.0).any():
         raise RoutingError("probabilities hold values that are negative or not finite")
     sums = np.cumsum(tables, axis=2)
+    ends = np.broadcast_to(np.asarray(until_s, dtype=np.float64), len(probabilities)).copy()
     low = state.limits[:, 0] if minimum is None else minimum
     high = state.limits[:, 1] if maximum is None else maximum
     _spread(
         threads,
         len(probabilities),
-        lambda lo, hi: _tables(system, state, sums, low, high, float(until_s), lo, hi),
+        lambda lo, hi: _tables(system, state, sums, low, high, ends, stop, lo, hi),
     )
 
 
