@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 from policies.routing.contract import InstanceKind, RoutingError
 from policies.routing.queueing_model import ArrivalModel, ServiceModel, paper_arrivals, periodic_arrivals
 
-HEAVY = "pnasnet_5_large"
-LIGHT = "efficientnet_b0"
+HEAVY = "pnasnet5large_t4"
+LIGHT = "efficientnet_b0_t4"
 PAPER_KINDS = (
     InstanceKind(HEAVY, 0, 0.043, 0.8278),
     InstanceKind(HEAVY, 0, 0.043, 0.8278),
     InstanceKind(LIGHT, 1, 0.0115, 0.7769),
     InstanceKind(LIGHT, 1, 0.0115, 0.7769),
 )
-"""Tan's four instances (5.1.1): service times inferred (papers/README.md), accuracies on ImageNet."""
+"""Tan's four instances (5.1.1): names as in the catalog, service times inferred, ImageNet accuracies."""
 PAPER_REWARD_ACCURACY = (0.7261, 0.7261, 0.6629, 0.6629)
 """g of Eq. 2: ImageNet-V2 matched frequency (papers/README.md)."""
 
