@@ -1,7 +1,8 @@
 """The routing simulator as a Gymnasium environment, so that other people's algorithms can learn on it.
 
 Observation: the feature vector of `features.py`, in [0, 1]. Action: one number in [-1, 1] per instance; the slot's
-table is the softmax of LOGIT_SCALE times them. Reward: Eq. 2 of Tan, divided by `reward_scale`. Episodes are cut after `episode_slots` (truncation).
+table is the softmax of LOGIT_SCALE times them. Reward: Eq. 2 of Tan, divided by `reward_scale`. Episodes are cut
+after `episode_slots` (truncation).
 """
 
 from typing import Any

@@ -11,7 +11,7 @@ from policies.routing.contract import RoutingError, observation_of
 from policies.routing.evaluate import LEARNED, ROUTERS, Result, evaluate, paper_evaluation, phase_rates
 from policies.routing.fit import fit, statistics
 from policies.routing.learn import learn, rank
-from policies.routing.presets import PAPER_KINDS, Preset, paper_service
+from policies.routing.presets import HEAVY, LIGHT, PAPER_KINDS, Preset, paper_service
 from policies.routing.queueing_model import paper_arrivals, periodic_arrivals, trace_arrivals
 from policies.routing.scores import Scores
 from policies.routing.tables import Infaas, Stationary, Threshold
@@ -116,7 +116,7 @@ def test_advice_finds_the_load_that_breaks_and_what_moves_it() -> None:
     assert advice.keeps
     # Two heavy and two light instances serve 46.5 + 173.9 of a burst's 180 a second.
     assert by_name["as it is"] == pytest.approx(1.22, abs=0.15)
-    assert by_name["one more efficientnet_b0"] > by_name["one more pnasnet_5_large"] > by_name["as it is"]
+    assert by_name[f"one more {LIGHT}"] > by_name[f"one more {HEAVY}"] > by_name["as it is"]
 
 
 def test_ranking_puts_the_promise_first() -> None:

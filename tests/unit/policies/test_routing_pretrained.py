@@ -1,0 +1,40 @@
+"""The shipped learned routers: they load for the deployment they are for, and still have their scores."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from policies.routing.artifact import PRETRAINED
+from policies.routing.contract import observation_of
+from policies.routing.evaluate import evaluate
+from policies.routing.learned import load_policy
+from policies.routing.presets import PAPER_KINDS, paper_service, workload
+
+SHIPPED = sorted(p for p in PRETRAINED.glob("routing-*.json") if not p.stem.endswith("-curve"))
+
+
+def test_the_partially_observable_router_is_shipped() -> None:
+    assert PRETRAINED / "routing-learned-po.json" in SHIPPED
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_it_loads_acts_and_has_a_training_record(path: Path) -> None:
+    policy = load_policy(path, PAPER_KINDS)
+    record = json.loads(path.read_text())
+    assert record["training"]["slots"] > 1_000_000
+    assert "policies.routing.train" in record["training"]["command"]
+    quiet = observation_of([0] * 4, [0.0] * 4, [[]] * 4, [0] * 4, [True] * 4, phase=1, since_s=10.0)
+    action = policy.act(quiet, np.random.default_rng(0))
+    assert action.probabilities[:2].sum() > 0.9
+    assert all(low <= high for low, high in zip(action.minimum, action.maximum, strict=True))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_it_still_scores_near_what_was_written_down(path: Path) -> None:
+    policy = load_policy(path)
+    name = json.loads(path.read_text())["workload"]
+    found = evaluate(policy.name, paper_service(), workload(name), slots=15_000, seed=5, policy=policy).scores
+    assert found["overall_50_50"].goodput_ratio > 0.786
+    assert found["overall_50_50"].violation_ratio < 0.022
