@@ -72,7 +72,14 @@ def evaluate(
             raise ValueError(f"--agents is {agents}; it must be a multiple of the {services} services")
         load = Load(per_service=agents // services, mixed=mixed, present=present)
         names = list(ALL) if policy == "all" else policy.split(",")
-        policies = [build_policy(name, network, load) for name in names]
+        policies = []
+        for name in names:
+            try:
+                policies.append(build_policy(name, network, load))
+            except ArtifactError as error:
+                if policy != "all":
+                    raise
+                errors.print(f"[yellow]left out:[/yellow] {name}: {error}", highlight=False)
         batches = evaluation_slots(network, load, slots, seeds)
         optima = None
         proved = None
