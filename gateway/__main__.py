@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import socket
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -23,6 +24,19 @@ FIRST_LOOK_S = 3.0
 """Longest wait for the board and the workers before the port is opened; later they may come and go."""
 
 
+class DrainingServer(uvicorn.Server):
+    """uvicorn's server, which says to the gateway that it drains, and ends with exit code 0 after a signal."""
+
+    def __init__(self, config: uvicorn.Config, gateway: Gateway) -> None:
+        super().__init__(config)
+        self._gateway = gateway
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A signal: drain. uvicorn would raise it again at the end, past our own clean-up."""
+        self._gateway.draining = True
+        self.should_exit = True
+
+
 async def serve(config: GatewayConfig) -> None:
     """Serves until a signal; then refuses new connections and answers what is under way."""
     GuardedConnection.max_header_bytes = config.max_header_bytes
@@ -31,7 +45,7 @@ async def serve(config: GatewayConfig) -> None:
         gateway = Gateway(config, board)
         async with gateway.fleet:
             await gateway.fleet.settle(FIRST_LOOK_S)
-            server = uvicorn.Server(
+            server = DrainingServer(
                 uvicorn.Config(
                     TidegateApp(gateway),
                     http=GuardedConnection,
@@ -45,7 +59,8 @@ async def serve(config: GatewayConfig) -> None:
                     timeout_keep_alive=75,
                     timeout_graceful_shutdown=int(config.drain_s),
                     backlog=4096,
-                )
+                ),
+                gateway,
             )
             gc.collect()
             gc.freeze()  # what was imported lives for ever: full collections need not walk it

@@ -76,9 +76,15 @@ class SlotLoop:
             try:
                 await self._decide(spec, boundary_s)
             except (UnusableAction, ValueError, *BOARD_ERRORS) as error:
-                self._failed += 1
-                self._metrics.slots.labels(self.service, "failed").inc()
+                self._fail()
                 log.warning("slot %d of %s: %s", self._slot, self.service, error)
+            except Exception:  # a policy may be anybody's code: its bug costs its slot, not the other services' tables
+                self._fail()
+                log.exception("slot %d of %s", self._slot, self.service)
+
+    def _fail(self) -> None:
+        self._failed += 1
+        self._metrics.slots.labels(self.service, "failed").inc()
 
     async def _next_boundary(self, previous_s: float) -> float:
         loop = asyncio.get_running_loop()

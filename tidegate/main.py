@@ -5,8 +5,11 @@ import typer
 from tidegate import (
     bench_commands,
     demo_command,
+    doctor_command,
     models_commands,
     placement_commands,
+    post_command,
+    record_command,
     replay_commands,
     routing_commands,
     up_command,
@@ -29,6 +32,9 @@ app.command("up")(up_command.up)
 app.command("demo")(demo_command.demo)
 app.command("replay")(replay_commands.replay)
 app.command("compare")(replay_commands.compare)
+app.command("record")(record_command.record)
+app.command("post")(post_command.post)
+app.command("doctor")(doctor_command.doctor)
 app.add_typer(models_commands.app, name="models")
 app.add_typer(bench_commands.app, name="bench")
 app.add_typer(routing_commands.app, name="routing")
