@@ -216,8 +216,11 @@ class Dispatcher:
             raise request.ended_early
         sent_s = time.monotonic()
         budget_s = request.deadline_s - sent_s
+        margin = router.margin[0]
+        # What was sent here although it would be late has nowhere better to go: only a surprise is worth a bounce.
+        may_bounce = first and router.bounces and router.routable > 1 and not request.variant
         flags = (
-            (BOUNCE if first and router.bounces and router.routable > 1 and not request.variant else 0)
+            (BOUNCE if may_bounce and predicted_s <= margin * budget_s else 0)
             | (EXPIRE if router.expires else 0)
             | request.flags
         )
@@ -228,7 +231,7 @@ class Dispatcher:
             if peer is None:
                 raise LinkClosed(f"no link to {target.record.address}")
             request_id, future = peer.request(
-                Kind.INFER, Infer(target.id, budget_s, request.content_type, flags, request.top_k), request.body
+                Kind.INFER, Infer(target.id, budget_s, request.content_type, flags, request.top_k, margin), request.body
             )
             request.waiting = future
             frame = await future

@@ -19,13 +19,17 @@ PREDICTIONS: Final = 8
 
 
 class Infer(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """One request for one instance. `budget_s`: time left until the deadline when the frame was written."""
+    """One request for one instance. `budget_s`: time left until the deadline when the frame was written.
+
+    `margin`: the share of the budget that a worker may plan with when it decides whether to bounce.
+    """
 
     instance: str
     budget_s: float
     content_type: str = ""
     flags: int = 0
     top_k: int = 5
+    margin: float = 1.0
 
 
 class Status(msgspec.Struct, array_like=True, frozen=True, gc=False):

@@ -44,6 +44,7 @@ class Observer:
         self._records: dict[str, InstanceRecord] = {}
         self._known: dict[str, InstanceRecord] = {}
         self._phases: dict[str, int] = {}
+        self._phase_changes: dict[str, asyncio.Event] = {}
         self._peers: dict[str, Peer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -111,6 +112,12 @@ class Observer:
             capacity=record.capacity if record is not None else 15,
         )
 
+    async def phase_change(self, service: str) -> None:
+        """Returns when the reported phase of the service's workload has changed since the last call."""
+        event = self._phase_changes.setdefault(service, asyncio.Event())
+        await event.wait()
+        event.clear()
+
     async def _ask(self, address: str) -> WorkerStatus | None:
         peer = self._peers.get(address)
         if peer is None or not peer.up:
@@ -136,7 +143,10 @@ class Observer:
             self.changed.set()
         self._records = {record.id: record for record in await self.board.instances()}
         if self.deployment is not None:
-            self._phases = await self.board.phases(list(self.deployment.services))
+            before, self._phases = self._phases, await self.board.phases(list(self.deployment.services))
+            for service, phase in self._phases.items():
+                if before.get(service) != phase and service in self._phase_changes:
+                    self._phase_changes[service].set()
         wanted = {record.address for record in self._records.values()}
         for address in wanted - self._peers.keys():
             peer = self._peers[address] = Peer(address, lambda peer: None)

@@ -1,8 +1,8 @@
 """One slot: observe, act, publish, record; for every service whose router sets tables. Start reading here.
 
-The loop of a service runs on its policy's own slot length, on boundaries that do not drift. Only the holder of the
-lease publishes. A slot that goes wrong (no status, no table, no board) costs that slot: gateways keep the last table
-until it expires, then route by `deadline`.
+The loop of a service runs on its policy's own slot length, on boundaries that do not drift; a fully observable policy
+also decides when the phase changes. Only the holder of the lease publishes. A slot that goes wrong (no status, no
+table, no board) costs that slot: gateways keep the last table until it expires, then route by `deadline`.
 """
 
 import asyncio
@@ -62,14 +62,15 @@ class SlotLoop:
         self._policy: SlotPolicy | None = None
         self._policy_for: tuple[ServiceSpec, tuple[str, ...], tuple[str, ...]] | None = None
         self._slot = 0
+        self._boundary_s = 0.0
         self._published = 0
         self._failed = 0
 
     async def run(self) -> None:
         """Boundary, observe, act, publish, record; for ever."""
-        boundary_s = asyncio.get_running_loop().time()
+        self._boundary_s = asyncio.get_running_loop().time()
         while True:
-            boundary_s = await self._next_boundary(boundary_s)
+            boundary_s = await self._next_decision()
             spec = self._spec()
             if spec is None or not self._leading():
                 continue
@@ -86,12 +87,20 @@ class SlotLoop:
         self._failed += 1
         self._metrics.slots.labels(self.service, "failed").inc()
 
-    async def _next_boundary(self, previous_s: float) -> float:
+    async def _next_decision(self) -> float:
+        """Waits for the slot's end; a policy that sees the phase also decides when that changes, within the slot."""
         loop = asyncio.get_running_loop()
-        slot_s = self._policy.slot_s if self._policy is not None else min(self._config.slot_s, IDLE_S)
-        next_s = max(previous_s + slot_s, loop.time())
-        await asyncio.sleep(next_s - loop.time())
         self._slot += 1
+        slot_s = self._policy.slot_s if self._policy is not None else min(self._config.slot_s, IDLE_S)
+        next_s = max(self._boundary_s + slot_s, loop.time())
+        if self._policy is not None and self._policy.needs_phase:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(next_s):
+                    await self._observer.phase_change(self.service)
+                    return loop.time()
+        else:
+            await asyncio.sleep(next_s - loop.time())
+        self._boundary_s = next_s
         return next_s
 
     def _spec(self) -> ServiceSpec | None:

@@ -13,6 +13,7 @@ from tidegate import (
     replay_commands,
     routing_commands,
     up_command,
+    workload_commands,
 )
 
 app = typer.Typer(
@@ -38,6 +39,7 @@ app.command("doctor")(doctor_command.doctor)
 app.add_typer(models_commands.app, name="models")
 app.add_typer(bench_commands.app, name="bench")
 app.add_typer(routing_commands.app, name="routing")
+app.add_typer(workload_commands.app, name="workload")
 app.add_typer(placement_commands.app, name="placement")
 
 if __name__ == "__main__":

@@ -46,7 +46,13 @@ class Request(Entry):
         respond: Callable[["Request", Reply, bytes], None],
     ) -> None:
         flags = asked.flags
-        super().__init__(now_s, now_s + asked.budget_s, bounce=bool(flags & BOUNCE), expire=bool(flags & EXPIRE))
+        super().__init__(
+            now_s,
+            now_s + asked.budget_s,
+            bounce=bool(flags & BOUNCE),
+            margin=asked.margin,
+            expire=bool(flags & EXPIRE),
+        )
         self.asked = asked
         self.payload = payload
         self.request_id = request_id

@@ -34,12 +34,15 @@ class EntryState(enum.Enum):
 class Entry:
     """One request as the queue sees it. `ready_s`: when its input was prepared; the queue sets it and `state`."""
 
-    __slots__ = ("arrived_s", "bounce", "cancelled", "deadline_s", "expire", "ready_s", "state")
+    __slots__ = ("arrived_s", "bounce", "bounce_by_s", "cancelled", "deadline_s", "expire", "ready_s", "state")
 
-    def __init__(self, arrived_s: float, deadline_s: float, *, bounce: bool = False, expire: bool = False) -> None:
+    def __init__(
+        self, arrived_s: float, deadline_s: float, *, bounce: bool = False, margin: float = 1.0, expire: bool = False
+    ) -> None:
         self.arrived_s = arrived_s
         self.deadline_s = deadline_s
         self.bounce = bounce
+        self.bounce_by_s = arrived_s + margin * (deadline_s - arrived_s)
         self.expire = expire
         self.ready_s = arrived_s
         self.cancelled = False
@@ -112,7 +115,7 @@ class BoundedQueue:
         now_s, deadline_s = entry.arrived_s, entry.deadline_s
         if not self._is_open:
             return self._refuse(Attempt.UNAVAILABLE)
-        if entry.bounce and start_s > now_s and start_s + service_s > deadline_s:
+        if entry.bounce and start_s > now_s and start_s + service_s > entry.bounce_by_s:
             return self._refuse(Attempt.BOUNCED)
         if self.length >= self.capacity:
             return self._refuse(Attempt.QUEUE_FULL)

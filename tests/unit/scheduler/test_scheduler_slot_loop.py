@@ -36,8 +36,14 @@ class World:
         self.decisions: list[DecisionRecord] = []
         self.made = 0
         self.failures: dict[int, Exception] = {}
+        self.phase_changed = asyncio.Event()
 
     # as the observer
+
+    async def phase_change(self, service: str) -> None:
+        """Until the test says that the phase has changed."""
+        await self.phase_changed.wait()
+        self.phase_changed.clear()
 
     async def observe(self, service: str, spec: ServiceSpec) -> Seen:
         """One instance of each variant."""
@@ -116,6 +122,17 @@ def test_a_policy_keeps_its_own_slot_and_its_tables_outlive_lost_ones() -> None:
     world.slots(10.05)
     assert len(world.tables) == pytest.approx(100, abs=2)
     assert [table.valid_for_s for _, table in world.tables] == pytest.approx([0.3] * len(world.tables))
+
+
+def test_a_policy_that_sees_the_phase_decides_when_it_changes_and_keeps_its_slots() -> None:
+    world = World()
+    world.needs_phase = True
+    loop = world.slots(6.0, then={3.45: world.phase_changed.set})
+    times_s = [at_s for at_s, _ in world.tables]
+    assert loop.statistics().published == len(times_s)
+    assert 3.45 in [pytest.approx(at_s) for at_s in times_s]
+    others = [at_s for at_s in times_s if at_s != pytest.approx(3.45)]
+    assert np.diff(others) == pytest.approx(1.0, abs=1e-6), "the boundaries stay where they were"
 
 
 def test_what_was_seen_and_chosen_is_written_down() -> None:

@@ -228,6 +228,14 @@ def test_a_full_queue_bounces_what_it_would_make_late() -> None:
     assert queue.arrive(Entry(0.0, 1.5), 1.0, 1.0, 1.0) is Attempt.QUEUE_FULL
 
 
+def test_a_margin_shortens_what_a_bounce_may_plan_with() -> None:
+    """Four seconds of budget at a margin of a half: a predicted sojourn of 2 s is kept, one of 2.1 s is not."""
+    entry = Entry(10.0, 14.0, bounce=True, margin=0.5)
+    assert open_queue().arrive(entry, 11.0, 1.0, 1.0) is None
+    entry = Entry(10.0, 14.0, bounce=True, margin=0.5)
+    assert open_queue().arrive(entry, 11.1, 1.0, 1.0) is Attempt.BOUNCED
+
+
 def test_unavailable_before_ready_and_while_draining() -> None:
     """A closed queue admits nobody, and a drained one starts what is left without waiting for company."""
     queue = BoundedQueue(15, 3, 5)
