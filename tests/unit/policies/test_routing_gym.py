@@ -18,7 +18,7 @@ def test_rewards_are_those_of_the_simulator() -> None:
     env.reset(seed=3)
     again = RoutingEnv(paper_service(), paper_arrivals(), episode_slots=50, reward_scale=1.0)
     again.reset(seed=3)
-    action = np.log(np.array([0.1, 0.1, 0.4, 0.4], dtype=np.float32)) / LOGIT_SCALE
+    action = (np.log([0.1, 0.1, 0.4, 0.4]) / LOGIT_SCALE).astype(np.float32)
     rewards = [env.step(action)[1:4] for _ in range(50)]
     assert rewards == [again.step(action)[1:4] for _ in range(50)]
     assert rewards[-1][2]
