@@ -6,14 +6,18 @@ client had already sent the next one. Everything else is uvicorn's.
 """
 
 import asyncio
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Final, cast
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
-from gateway.admission import Scope
-from gateway.joined import JoinedTransport
+from gateway.admission import Receive, Scope
+from gateway.joined import JoinedSend
 from gateway.presence import Presence, announce, presence_of
+from gateway.responses import Send
+
+LINGER_S: Final = 1.0
+"""How long a client that is still sending may take to read why it is cut off."""
 
 
 class GuardedConnection(HttpToolsProtocol):
@@ -31,7 +35,7 @@ class GuardedConnection(HttpToolsProtocol):
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast(asyncio.Transport, JoinedTransport(transport, self.loop)))
+        super().connection_made(transport)
         self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -89,7 +93,11 @@ class GuardedConnection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
         announce(cast(Scope, cycle.scope), Presence())
-        super()._start_asgi_task(cycle, app)
+
+        async def joined(scope: Scope, receive: Receive, send: Send) -> None:
+            await app(scope, receive, JoinedSend(cycle, self._close_gently))
+
+        super()._start_asgi_task(cycle, cast(Any, joined))
 
     # refusals
 
@@ -110,7 +118,21 @@ class GuardedConnection(HttpToolsProtocol):
         body = msgspec.json.encode({"error": reason, "code": "INVALID"})
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
-        self.transport.close()
+        self._close_gently()
+
+    def _close_gently(self) -> None:
+        """Closes after what was written. A client that is still sending is given a moment to read it.
+
+        Closing on unread bytes resets the connection, and the reset may overtake the answer that says why.
+        """
+        if self.transport.is_closing():
+            return
+        if not self._refused and (self.cycle is None or not self.cycle.more_body):
+            self.transport.close()
+            return
+        self._refused = True
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

@@ -50,7 +50,7 @@ def test_wire_structs_are_positional() -> None:
     asked = Infer("w/a", 0.3, "image/png", 3, 2)
     data = msgspec.msgpack.encode(asked)
     assert msgspec.msgpack.decode(data) == ["w/a", 0.3, "image/png", 3, 2, 1.0]
-    newer = msgspec.msgpack.encode(["w/a", 0.3, "image/png", 3, 2, "something new"])
+    newer = msgspec.msgpack.encode(["w/a", 0.3, "image/png", 3, 2, 1.0, "something new"])
     assert msgspec.msgpack.decode(newer, type=Infer) == asked
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(["w/a", 0.3]), type=Infer) == Infer("w/a", 0.3)
     reply = Reply(Attempt.OK, Status("w/a", 2, 0.1, (0.3, 0.2), 1, 0.5, 0.04, 9, (7,)), shape=(1, 10))
