@@ -17,7 +17,7 @@ from typing import Final
 import msgspec
 
 from gateway.fleet import Fleet
-from gateway.router import HOLD, ServiceRouter, Target
+from gateway.router import HOLD, REJECT, ServiceRouter, Target
 from policies.routing.rules import cannot_finish
 from protocol.frames import Frame, Kind
 from protocol.link import LinkClosed
@@ -184,7 +184,7 @@ class Dispatcher:
                 continue
             now_s = time.monotonic()
             if router is None:
-                choice: Target | int = -2
+                choice: Target | int = REJECT
             elif router.expires and cannot_finish(now_s, request.deadline_s, now_s, min(router.service_s, default=0.0)):
                 held.popleft()
                 future.set_exception(Refused(Outcome.EXPIRED, "no instance was idle in time"))

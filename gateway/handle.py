@@ -1,7 +1,7 @@
 """The life of one request: admit, dispatch, judge, answer, count. Start reading the gateway here.
 
 Every request ends in exactly one `Outcome`, counted once, in `finally`, whatever happens: a bad body, a dead worker,
-a client that leaves, a bug. See DESIGN section 4 for what each outcome means.
+a client that leaves, a bug. What each outcome means: `protocol/outcomes.py`.
 """
 
 import asyncio

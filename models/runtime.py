@@ -27,11 +27,14 @@ class Answer(msgspec.Struct, frozen=True, eq=False):
 
     def top_k(self, k: int) -> list[tuple[int, float]]:
         """The `k` likeliest classes (fewer if there are fewer), best first, as (class index, probability)."""
-        k = min(k, len(self.scores))
-        likeliest = np.argpartition(self.scores, -k)[-k:]
+        if k < len(self.scores):
+            chosen = np.argpartition(self.scores, -k)[-k:]
+            found = list(zip(chosen.tolist(), self.scores[chosen].tolist(), strict=True))
+        else:
+            found = list(enumerate(self.scores.tolist()))
         # Equal scores: the lower index first, so that the order is the same everywhere.
-        order = sorted(likeliest.tolist(), key=lambda index: (-self.scores[index], index))
-        return [(index, float(self.scores[index])) for index in order]
+        found.sort(key=lambda one: (-one[1], one[0]))
+        return found
 
 
 class Runtime(Protocol):
@@ -90,6 +93,7 @@ class EmulatedRuntime:
         self._law: Emulation = variant.emulated
         self._accuracy = variant.accuracy.value
         # Two streams: how many answers were drawn must not change the service times, and the other way round.
+        self._answers: dict[int, Answer] = {}  # by the label that is answered: all that it can ever say
         self._time_rng, self._answer_rng = (np.random.default_rng((seed, stream)) for stream in (0, 1))
 
     def duration_s(self, batch_size: int) -> float:
@@ -114,7 +118,7 @@ class EmulatedRuntime:
 
     def execute(self, batch: Sequence[Prepared]) -> list[Answer]:
         """Answer at once: each label with probability = accuracy, else one of the other classes."""
-        return [Answer(scores=self._scores(prepared.label)) for prepared in batch]
+        return [self._answer(prepared.label) for prepared in batch]
 
     def warm_up(self) -> None:
         """Nothing to warm."""
@@ -122,13 +126,17 @@ class EmulatedRuntime:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def _scores(self, label: int) -> npt.NDArray[np.float32]:
-        scores = np.zeros(self.variant.classes, dtype=np.float32)
+    def _answer(self, label: int) -> Answer:
         if self._answer_rng.random() >= self._accuracy:
             other = int(self._answer_rng.integers(self.variant.classes - 1))
             label = other if other < label else other + 1
-        scores[label] = 1.0
-        return scores
+        answer = self._answers.get(label)
+        if answer is None:
+            scores = np.zeros(self.variant.classes, dtype=np.float32)
+            scores[label] = 1.0
+            scores.setflags(write=False)
+            answer = self._answers[label] = Answer(scores)
+        return answer
 
 
 def batch_factor(fixed_share: float, batch_size: int) -> float:

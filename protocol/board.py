@@ -1,4 +1,4 @@
-"""The board: slow control state in Redis, always spoken to through redis-py (DESIGN sections 1 and 5).
+"""The board: slow control state in Redis, always spoken to through redis-py.
 
 Keys: ``instance:{id}`` (expire), ``deployment``, ``table:{service}``, ``version:{service}``, ``decisions`` (bounded
 stream), ``lease:scheduler``. Channels: ``news`` (``instances`` or ``deployment`` changed: read again) and

@@ -22,6 +22,7 @@ import msgspec
 from protocol.records import Deployment, InstanceSpec, ServiceSpec, WorkerSpec
 
 T = TypeVar("T")
+DEVICES = ("cpu", "cuda", "tensorrt")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
@@ -118,6 +119,8 @@ def check_deployment(deployment: Deployment) -> str:
         if not _NAME.fullmatch(worker.name) or worker.name in seen:
             return f"{where}: names are unique and made of a-z, 0-9, '_', '.' and '-'"
         seen.add(worker.name)
+        if worker.device not in DEVICES:
+            return f"{where}.device = {worker.device!r}: must be one of {', '.join(DEVICES)}"
         if worker.threads < 1:
             return f"{where}.threads = {worker.threads}: must be at least 1"
         if worker.memory_mb is not None and not worker.memory_mb > 0:
@@ -136,6 +139,9 @@ def check_deployment(deployment: Deployment) -> str:
 def _check_settings(file: DeploymentFile) -> str:
     if not 0 < file.gateway.port < 65_536:
         return f"gateway.port = {file.gateway.port}: must be from 1 to 65535"
+    held = [name for name, spec in file.services.items() if spec.router.startswith("single-queue")]
+    if held and file.gateway.processes > 1:
+        return f"gateway.processes = {file.gateway.processes}: the single queue of {held[0]} needs one gateway process"
     if not 1 <= file.gateway.processes <= 64:
         return f"gateway.processes = {file.gateway.processes}: must be from 1 to 64"
     for key in ("header_timeout_s", "body_timeout_s", "drain_s"):

@@ -1,4 +1,4 @@
-"""The eight ways in which a request can end; every request ends in exactly one (DESIGN section 4).
+"""The eight ways in which a request can end; every request ends in exactly one.
 
     client ──► gateway ──► worker queue ──► executor ──► answer
        │          │             │              │            └─ OK, LATE

@@ -1,6 +1,6 @@
 """The structs that go over the wire (array-like msgpack: small, positional) and onto the board (JSON: readable).
 
-Times are spans in seconds, never clock readings: two machines' clocks never meet here (DESIGN section 3).
+Times are spans in seconds, never clock readings: two machines' clocks never meet here.
 """
 
 import enum

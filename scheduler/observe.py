@@ -1,7 +1,7 @@
 """What the scheduler sees at a slot boundary: every worker's status, over its own links, as one Observation.
 
 The board says who exists (read every second and on news); the links say how they are, at this moment: 100 ms of age
-would be 18 requests of a burst (DESIGN section 1).
+would be 18 requests of a burst.
 """
 
 import asyncio

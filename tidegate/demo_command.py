@@ -63,6 +63,9 @@ def demo(
         raise typer.BadParameter("must be from 5 to 3600 seconds", param_hint="--duration-s")
     try:
         interrupted = run_on_uvloop(_demo(duration_s, seed, report, embedded, as_json, console))
+    except KeyboardInterrupt:
+        console.print("tidegate demo: interrupted before the first replay")
+        raise typer.Exit(INTERRUPTED_EXIT) from None
     except (GatewayError, StartFailed, OSError) as error:
         console.print(f"tidegate demo: {error}", style="red", markup=False)
         raise typer.Exit(1) from None
@@ -103,7 +106,6 @@ async def _demo(duration_s: float, seed: int, report: Path, embedded: bool, as_j
         "Service times": f"{HEAVY} {service_s[HEAVY] * 1e3:.1f} ms, {LIGHT} {service_s[LIGHT] * 1e3:.1f} ms per image,"
         " both busy, measured just before",
         "Workload": trace.description,
-        "Seed": str(seed),
         "Took": f"{time.monotonic() - started_s:.0f} s",
     }
     measured = {"service_s": service_s, "requirement_ms": requirement_ms, "seconds": time.monotonic() - started_s}
@@ -141,7 +143,9 @@ async def measure(url: str, payloads: PayloadSet, seconds: float, stop: asyncio.
 
     async with aiohttp.ClientSession() as session:
         await asyncio.gather(*(client(session, deadline_ms) for deadline_ms in ["20000"] * 4 + ["80"] * 2))
-    if stop.is_set() or not answers[HEAVY] or not answers[LIGHT]:
+    if stop.is_set():
+        raise KeyboardInterrupt
+    if not answers[HEAVY] or not answers[LIGHT]:
         raise GatewayError(f"too few answers while measuring ({dict(answers)}): see the workers' logs")
     return {variant: seconds / answers[variant] for variant in (HEAVY, LIGHT)}
 

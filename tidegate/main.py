@@ -1,6 +1,9 @@
 """The `tidegate` command: one typer application, one file per group of commands."""
 
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 from tidegate import (
     bench_commands,
@@ -16,7 +19,41 @@ from tidegate import (
     workload_commands,
 )
 
+EXTRAS = {
+    "numba": "train",
+    "torch": "train",
+    "onnx": "train",
+    "timm": "train",
+    "tensorboard": "train",
+    "gymnasium": "train",
+    "ortools": "place",
+    "sklearn": "demo",
+    "onnxruntime": "cpu",
+    "openvino": "openvino",
+}
+
+
+class Commands(TyperGroup):
+    """All commands; one whose packages are not installed says how to get them instead of showing a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in EXTRAS:
+                raise
+            typer.echo(
+                f"tidegate: this command needs {package}, which is not installed: make train-env installs everything,"
+                f" pip install -e '.[{EXTRAS[package]}]' just this",
+                err=True,
+            )
+            raise typer.Exit(1) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="An edge inference server that keeps its latency promise through bursts by choosing which model answers.",
     no_args_is_help=True,
     add_completion=False,

@@ -1,4 +1,4 @@
-"""Batch limits from the scheduler's tables: taken when one comes, given back when it expires (DESIGN section 5)."""
+"""Batch limits from the scheduler's tables: taken when one comes, given back when it expires."""
 
 import logging
 

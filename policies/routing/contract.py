@@ -1,6 +1,6 @@
 """The shapes that routing shares: observation in, action out, and what a per-request rule returns.
 
-Data flow of one slot (DESIGN section 6): status -> `Observation` -> `SlotPolicy.act` -> `Action` -> table.
+Data flow of one slot: status -> `Observation` -> `SlotPolicy.act` -> `Action` -> table.
 Data flow of one request: a rule of `rules.py` or a draw from the table -> an instance number, `HOLD` or `REJECT`.
 
 Instances of a service are numbered 0..n-1 in sorted order of their instance id, everywhere.
@@ -106,7 +106,7 @@ class SlotPolicy(Protocol):
 
     @property
     def name(self) -> str:
-        """The router's name as in DESIGN section 3."""
+        """The router's name: the same in deployments, on the command line and in results."""
 
     @property
     def slot_s(self) -> float:

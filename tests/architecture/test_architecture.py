@@ -1,4 +1,4 @@
-"""The house's rules (DESIGN section 2) as tests: who may import whom, what a process loads, what an `__init__` is."""
+"""The house's rules as tests: who may import whom, what a process loads, what an `__init__` is."""
 
 import ast
 import importlib.util

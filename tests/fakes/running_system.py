@@ -234,7 +234,7 @@ def client() -> aiohttp.ClientSession:
 async def assert_conserved(
     system: RunningSystem, session: aiohttp.ClientSession, *, restarted: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """The law of DESIGN section 4, once the gateway has come to rest: at the gateway, at each worker, between them.
+    """The conservation law, once the gateway has come to rest: at the gateway, at each worker, between them.
 
     `restarted`: workers that were killed or whose instances were loaded anew since the last call; what their earlier
     lives saw died with them, so the gateway has made at least as many attempts as they saw arrive. Gives back the
