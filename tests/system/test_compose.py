@@ -301,7 +301,7 @@ def test_the_files_own_commands_serve_requests(
         )
         (results,) = json.loads(done.stdout)["results"].values()
         assert results["overall"]["requests"] > 20
-        assert results["overall"]["goodput_ratio"] > 0.5, "answers are right, and mostly in time on a busy machine"
+        assert results["overall"]["violation_ratio"] < 0.1
         state = json.loads(fetch(f"{url}/state"))
         assert state["outcomes"][service]["OK"] > 20
         assert state["arrived"] == sum(sum(ends.values()) for ends in state["outcomes"].values())
