@@ -109,6 +109,7 @@ class Fleet:
     async def _read_all(self) -> None:
         await self._read_deployment()
         await self._read_instances()
+        await self._read_policies()
         for router in self.services.values():
             if router.uses_tables and (table := await self.board.table(router.name)) is not None:
                 router.set_table(table, time.monotonic())
@@ -119,6 +120,7 @@ class Fleet:
             with contextlib.suppress(*BOARD_ERRORS):
                 await self._read_deployment()
                 await self._read_instances()
+                await self._read_policies()
 
     async def _on_news(self, channel: str, data: bytes) -> None:
         if channel == "news":
@@ -162,6 +164,13 @@ class Fleet:
         await self._keep_links({record.address for record in self._records.values()})
         self._looked = True
         self._spread()
+
+    async def _read_policies(self) -> None:
+        """What the scheduler says of the policies that should set tables."""
+        routers = {name: router for name, router in self.services.items() if router.uses_tables}
+        statuses = await self.board.policy_statuses(list(routers)) if routers else {}
+        for name, router in routers.items():
+            router.policy = statuses.get(name)
 
     # links
 

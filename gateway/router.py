@@ -17,7 +17,7 @@ from policies.routing.contract import HOLD, REJECT, Rule
 from policies.routing.draw import cumulative
 from policies.routing.estimation import arrive, depart, learn_margin, learn_service, new_margin
 from policies.routing.rules import RULES
-from protocol.records import InstanceRecord, ServiceSpec, Table
+from protocol.records import InstanceRecord, PolicyStatus, ServiceSpec, Table
 
 PHASE_ROUTERS: Final = frozenset({"stationary", "learned-fo", "learned-fo-batch"})
 """Routers that must be told the workload's hidden phase: live, only an experiment's load generator can."""
@@ -44,12 +44,13 @@ class Target:
 
 
 class InstanceView(msgspec.Struct, frozen=True):
-    """What `ServiceRouter.statistics` tells of one instance."""
+    """What `ServiceRouter.statistics` tells of one instance. `reason`: why it is not ready, as far as is known."""
 
     id: str
     variant: str
     rank: int
     ready: bool
+    reason: str
     length: int
     capacity: int
     clear_in_s: float
@@ -57,10 +58,14 @@ class InstanceView(msgspec.Struct, frozen=True):
 
 
 class RouterStatistics(msgspec.Struct, frozen=True):
-    """What `ServiceRouter.statistics` tells of a service."""
+    """What `ServiceRouter.statistics` tells of a service.
+
+    `routing_by` is the rule in force; `reason` says why it is not the configured `router`, empty if it is.
+    """
 
     router: str
     routing_by: str
+    reason: str
     margin: float
     table_version: int
     instances: list[InstanceView]
@@ -84,6 +89,7 @@ class ServiceRouter:
         self._table_sums: list[float] = []
         self._table_ends_s = 0.0
         self.spec = spec
+        self.policy: PolicyStatus | None = None
         self.uses_tables = False
         self.wants_phase = False
         self.bounces = False
@@ -176,6 +182,16 @@ class ServiceRouter:
             self.capacity[target.index] = 0
             self._count()
 
+    def _not_ready(self, target: Target) -> str:
+        """Why no request goes to this instance; empty if requests do."""
+        if self.capacity[target.index] > 0:
+            return ""
+        if target.record.state != "ready":
+            return target.record.reason or str(target.record.state)
+        if target.record.variant not in self.spec.variants:
+            return f"the service does not list the variant {target.record.variant}"
+        return f"its worker at {target.record.address} cannot be reached, or has said that it is not ready"
+
     def _count(self) -> None:
         self.routable = sum(1 for places in self.capacity if places > 0)
 
@@ -265,12 +281,27 @@ class ServiceRouter:
         """Feeds one outcome of the `deadline` rule back into its margin."""
         learn_margin(predicted_s, observed_s, budget_s, self.margin)
 
+    def substituted(self, now_s: float) -> str:
+        """Why the configured router is not in force and `deadline` routes instead; empty if it is in force."""
+        if not self.uses_tables or (now_s < self._table_ends_s and self._table_sums):
+            return ""
+        said = self.policy
+        if said is not None and said.policy == self.spec.router and not said.in_force:
+            return said.reason
+        if self._table is None:
+            return "the scheduler has not sent a table yet: is one running?"
+        if not self._table_sums:
+            return f"table {self._table.version} has no weight for an instance that is there"
+        late_s = now_s - self._table_ends_s
+        return f"table {self._table.version} expired {late_s:.1f} s ago and the scheduler has not sent another"
+
     def statistics(self, now_s: float) -> RouterStatistics:
         """The present view, for metrics, `/state` and tests."""
-        by_table = self.uses_tables and now_s < self._table_ends_s and bool(self._table_sums)
+        reason = self.substituted(now_s)
         return RouterStatistics(
             router=self.spec.router,
-            routing_by=self.spec.router if by_table or not self.uses_tables else "deadline",
+            routing_by="deadline" if reason else self.spec.router,
+            reason=reason,
             margin=self.margin[0],
             table_version=self._table.version if self._table is not None else 0,
             instances=[
@@ -279,6 +310,7 @@ class ServiceRouter:
                     variant=target.record.variant,
                     rank=self.rank[index],
                     ready=self.capacity[index] > 0,
+                    reason=self._not_ready(target),
                     length=self.length[index],
                     capacity=self.capacity[index],
                     clear_in_s=max(0.0, self.clear_s[index] - now_s),

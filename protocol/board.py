@@ -1,8 +1,9 @@
 """The board: slow control state in Redis, always spoken to through redis-py.
 
-Keys: ``instance:{id}`` (expire), ``deployment``, ``table:{service}``, ``version:{service}``, ``decisions`` (bounded
-stream), ``lease:scheduler``. Channels: ``news`` (``instances`` or ``deployment`` changed: read again) and
-``table:{service}`` (the table itself). Readers subscribe first, then read, so that nothing falls between.
+Keys: ``instance:{id}`` (expire), ``deployment``, ``table:{service}``, ``policy_status:{service}`` (expires),
+``version:{service}``, ``decisions`` (bounded stream), ``lease:scheduler``. Channels: ``news`` (``instances`` or
+``deployment`` changed: read again) and ``table:{service}`` (the table itself). Readers subscribe first, then read, so
+that nothing falls between.
 
 Losing the board must not lose a request: every method raises one of `BOARD_ERRORS` when Redis is away, and the loops
 that call them go on with what they last knew. `follow` is the one place that reconnects.
@@ -18,11 +19,12 @@ import msgspec
 import redis.asyncio as redis
 from redis.exceptions import RedisError, WatchError
 
-from protocol.records import DecisionRecord, Deployment, InstanceRecord, Table
+from protocol.records import DecisionRecord, Deployment, InstanceRecord, PolicyStatus, Table
 
 BOARD_ERRORS: Final = (RedisError, OSError, TimeoutError)
 INSTANCE_EXPIRES_S: Final = 3.0
 LEASE_EXPIRES_S: Final = 3.0
+POLICY_STATUS_EXPIRES_S: Final = 10.0
 DECISIONS_KEPT: Final = 10_000
 
 _json = msgspec.json.Encoder().encode
@@ -144,6 +146,18 @@ class Board:
     async def table(self, service: str) -> Table | None:
         """The service's table if it has not expired."""
         return _decode(await self._redis.get(f"table:{service}"), Table)
+
+    @_cancellable
+    async def put_policy_status(self, service: str, status: PolicyStatus) -> None:
+        """Says whether the service's policy sets tables, and why not. Read every second, forgotten after 10 s."""
+        await self._redis.set(f"policy_status:{service}", _json(status), px=int(POLICY_STATUS_EXPIRES_S * 1000))
+
+    @_cancellable
+    async def policy_statuses(self, services: list[str]) -> dict[str, PolicyStatus]:
+        """What is known of the policies of those services, by service."""
+        values = await self._redis.mget([f"policy_status:{one}" for one in services]) if services else []
+        found = {one: _decode(value, PolicyStatus) for one, value in zip(services, values, strict=True)}
+        return {one: status for one, status in found.items() if status is not None}
 
     # the workload's phase, which only an experiment's load generator knows
 

@@ -206,6 +206,18 @@ class Table(msgspec.Struct, frozen=True, kw_only=True):
     batch_limits: dict[str, tuple[int, int]] = {}
 
 
+class PolicyStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """`policy_status:{service}`: whether the scheduler can set tables for the service's router, and why not.
+
+    `policy` is the router's name as in the deployment, so that readers notice news of one that has been replaced.
+    Written by the leading scheduler while it has something to say, gone 10 s after it last did.
+    """
+
+    policy: str
+    in_force: bool
+    reason: str = ""
+
+
 class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the `decisions` stream: what the scheduler saw, what it chose, which table that became."""
 

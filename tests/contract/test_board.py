@@ -14,6 +14,7 @@ from protocol.records import (
     InstanceRecord,
     InstanceSpec,
     InstanceState,
+    PolicyStatus,
     ServiceSpec,
     Table,
     WorkerSpec,
@@ -130,6 +131,27 @@ def test_tables_are_versioned_per_service_and_expire(board_url: str) -> None:
 
         await come(expired)
         assert (await board.table("t")) is not None
+
+    run(board_url, scenario)
+
+
+def test_what_is_said_of_policies_is_kept_by_service_and_expires(
+    board_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Services of which nothing is known are left out; a scheduler that has died says nothing any more."""
+
+    async def scenario(board: Board) -> None:
+        assert await board.policy_statuses([]) == {}
+        misfit = PolicyStatus(policy="learned-po", in_force=False, reason="trained for four instances")
+        await board.put_policy_status("s", misfit)
+        assert await board.policy_statuses(["s", "t"]) == {"s": misfit}
+        monkeypatch.setattr(board_module, "POLICY_STATUS_EXPIRES_S", 0.05)
+        await board.put_policy_status("s", PolicyStatus(policy="learned-po", in_force=True))
+
+        async def forgotten() -> bool:
+            return not await board.policy_statuses(["s"])
+
+        await come(forgotten)
 
     run(board_url, scenario)
 

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from gateway.router import HOLD, REJECT, ROUTERS, ServiceRouter, Target
-from protocol.records import InstanceRecord, InstanceState, ServiceSpec, Table
+from protocol.records import InstanceRecord, InstanceState, PolicyStatus, ServiceSpec, Table
 
 SERVICE = "imagenet"
 HERE = {"unix:/a", "unix:/b", "unix:/c"}
@@ -243,3 +243,44 @@ def test_a_table_survives_instances_that_come_and_go() -> None:
     router.set_table(table({"b/light": 0.0, "c/light": 1.0}), now_s=0.0)
     router.set_instances([record("a/light"), record("b/light"), record("c/light")], HERE)
     assert shares(router) == {"c/light": 1.0}
+
+
+# what is told
+
+
+def test_an_instance_that_gets_no_requests_says_why() -> None:
+    router = router_of(
+        record("a/light"),
+        record("b/light", state=InstanceState.FAILED, reason="no such file"),
+        record("c/light", state=InstanceState.WARMING),
+        record("d/light"),
+        record("a/other", "other"),
+    )
+    told = {view.id: (view.ready, view.reason) for view in router.statistics(0.0).instances}
+    assert told["a/light"] == (True, "")
+    assert told["b/light"] == (False, "no such file")
+    assert told["c/light"] == (False, "warming")
+    assert told["d/light"][1].startswith("its worker at unix:/d cannot be reached")
+    assert "does not list the variant other" in told["a/other"][1]
+
+
+def test_a_router_that_is_not_in_force_says_why() -> None:
+    router = router_of(record("a/light"), router="threshold")
+
+    def told(now_s: float) -> tuple[str, str]:
+        statistics = router.statistics(now_s)
+        assert statistics.router == "threshold"
+        return statistics.routing_by, statistics.reason
+
+    assert told(0.0) == ("deadline", "the scheduler has not sent a table yet: is one running?")
+    router.policy = PolicyStatus(policy="threshold", in_force=False, reason="it knows one variant only")
+    assert told(0.0) == ("deadline", "it knows one variant only")
+    router.policy = PolicyStatus(policy="learned-po", in_force=False, reason="news of the router before this one")
+    assert "not sent a table" in told(0.0)[1]
+    router.set_table(table({"a/light": 1.0}, version=4, valid_for_s=3.0), now_s=0.0)
+    assert told(2.9) == ("threshold", "")
+    assert told(5.0) == ("deadline", "table 4 expired 2.0 s ago and the scheduler has not sent another")
+    router.set_instances([record("b/light")], HERE)
+    assert told(1.0) == ("deadline", "table 4 has no weight for an instance that is there")
+    router.configure(spec("uniform"))
+    assert router.statistics(9.0).reason == "", "a rule needs no table"
