@@ -77,7 +77,8 @@ def build_api(gateway: Gateway) -> FastAPI:
                 reasons = ["the board (Redis) has not been reached yet"]
         if gateway.draining:
             reasons = ["draining"]
-        return JSONResponse({"ready": not reasons, "reasons": reasons}, status_code=503 if reasons else 200)
+        told = {"ready": not reasons, "reasons": reasons, "notices": gateway.fleet.notices()}
+        return JSONResponse(told, status_code=503 if reasons else 200)
 
     @api.get("/metrics", summary="Prometheus metrics", tags=["operating"], response_class=Response)
     async def metrics() -> Response:

@@ -85,10 +85,28 @@ class Fleet:
         """Services of the deployment that nobody could answer now; all is well when this is empty."""
         return sorted(name for name, router in self.services.items() if router.routable == 0)
 
+    def notices(self) -> list[str]:
+        """What is not as the deployment wants it: instances that are not ready, routers that are not in force."""
+        now_s = time.monotonic()
+        said: list[str] = []
+        for name, router in sorted(self.services.items()):
+            statistics = router.statistics(now_s)
+            absent = self.deployment.instance_ids(name, loaded_only=True) if self.deployment is not None else {}
+            for view in statistics.instances:
+                absent.pop(view.id, None)
+                if not view.ready:
+                    said.append(f"{view.id} of {name} is not ready: {view.reason}")
+            said += [f"{one} of {name} is not ready: no worker has registered it" for one in absent]
+            if statistics.reason:
+                said.append(
+                    f"{name} is routed by {statistics.routing_by}, not {router.spec.router}: {statistics.reason}"
+                )
+        return said
+
     def failures(self, service: str) -> str:
         """Why instances of the service failed to load, as an appendix to a sentence; empty if none did."""
         records = [target.record for target in self.services[service].targets]
-        failed = [f"{one.id} failed: {one.reason}" for one in records if one.state is InstanceState.FAILED]
+        failed = [f"{one.id} failed: {one.reason}" for one in records if one.reason]
         return f" ({'; '.join(failed)})" if failed else ""
 
     def report_phase(self, service: str, phase: bytes) -> None:

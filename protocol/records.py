@@ -177,15 +177,18 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     workers: tuple[WorkerSpec, ...]
     version: int = 0
 
-    def instance_ids(self, service: str) -> dict[str, str]:
-        """Desired instances of a service: id -> variant. Ids are worker/variant, a second one worker/variant#2."""
+    def instance_ids(self, service: str, *, loaded_only: bool = False) -> dict[str, str]:
+        """Desired instances of a service: id -> variant. Ids are worker/variant, a second one worker/variant#2.
+
+        With `loaded_only`, those that are to be loaded now.
+        """
         variants = self.services[service].variants if service in self.services else ()
         ids: dict[str, str] = {}
         for worker in self.workers:
             seen: dict[str, int] = {}
             for instance in worker.instances:
                 number = seen[instance.variant] = seen.get(instance.variant, 0) + 1
-                if instance.variant in variants:
+                if instance.variant in variants and (instance.loaded or not loaded_only):
                     suffix = f"#{number}" if number > 1 else ""
                     ids[f"{worker.name}/{instance.variant}{suffix}"] = instance.variant
         return ids

@@ -46,7 +46,8 @@ async def live(instance: Instance, host: Host, loading: Loading, on_change: Call
 
     def enter(state: InstanceState, reason: str = "") -> None:
         instance.state, instance.reason = state, reason
-        log.info("instance %s", state.value, extra={"instance": instance.id, "reason": reason})
+        level = logging.WARNING if state is InstanceState.FAILED else logging.INFO
+        log.log(level, "instance %s", state.value, extra={"instance": instance.id, "reason": reason})
         on_change()
 
     if await _load_until_loaded(instance, host, loading, enter):
@@ -62,20 +63,25 @@ async def live(instance: Instance, host: Host, loading: Loading, on_change: Call
 
 
 async def _load_until_loaded(instance: Instance, host: Host, loading: Loading, enter: Callable[..., None]) -> bool:
-    """Load and warm up, with growing pauses between tries. False if it became unwanted first."""
+    """Load and warm up, with growing pauses between tries. False if it became unwanted first.
+
+    What the last try failed of stays to be seen while the next one goes on.
+    """
     pause_s = FIRST_PAUSE_S
+    failed_of = ""
     while not instance.unwanted.is_set():
         try:
             # One load at a time: the next one has to see what memory this one takes.
             async with host.loading:
-                enter(InstanceState.LOADING)
+                enter(InstanceState.LOADING, failed_of)
                 runtime = await asyncio.to_thread(_open, instance, host, loading)
-                enter(InstanceState.WARMING)
+                enter(InstanceState.WARMING, failed_of)
                 await _warm_up(instance, runtime, host)
                 instance.runtime = runtime
         except Exception as error:  # a broken file raises whatever its reader likes
             instance.failed_loads += 1
-            enter(InstanceState.FAILED, str(error) or repr(error))
+            failed_of = str(error) or repr(error)
+            enter(InstanceState.FAILED, failed_of)
             try:
                 async with asyncio.timeout(pause_s):
                     await instance.unwanted.wait()

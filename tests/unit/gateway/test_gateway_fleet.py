@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import cast
 
+import msgspec
 import pytest
 
 from gateway.fleet import Fleet
@@ -12,7 +13,17 @@ from gateway.router import Target
 from protocol.board import Board
 from protocol.frames import Frame, Kind
 from protocol.link import Connection, serve
-from protocol.records import Deployment, InstanceRecord, InstanceState, ServiceSpec, Table, WorkerStatus
+from protocol.records import (
+    Deployment,
+    InstanceRecord,
+    InstanceSpec,
+    InstanceState,
+    PolicyStatus,
+    ServiceSpec,
+    Table,
+    WorkerSpec,
+    WorkerStatus,
+)
 
 
 class FakeBoard:
@@ -22,6 +33,7 @@ class FakeBoard:
         spec = ServiceSpec(variants=("light",), requirement_ms=300.0, router="uniform")
         self.posted: Deployment | None = Deployment(name="d", services={"s": spec}, workers=(), version=1)
         self.records: list[InstanceRecord] = []
+        self.policies: dict[str, PolicyStatus] = {}
         self.away = False
         self._on_news: Callable[[str, bytes], Awaitable[None]] | None = None
 
@@ -38,6 +50,11 @@ class FakeBoard:
     async def table(self, service: str) -> Table | None:
         """None."""
         return None
+
+    async def policy_statuses(self, services: list[str]) -> dict[str, PolicyStatus]:
+        """As on the board."""
+        self._reach()
+        return {name: self.policies[name] for name in services if name in self.policies}
 
     async def follow(
         self, read_all: Callable[[], Awaitable[None]], on_news: Callable[[str, bytes], Awaitable[None]]
@@ -197,5 +214,39 @@ def test_an_older_deployment_and_an_unknown_router_change_nothing() -> None:
             board.posted = Deployment(name="d", services=services, workers=(), version=version)
             await board.news(b"deployment")
             assert fleet.services["s"].spec.router == "uniform"
+
+    run(body)
+
+
+def test_what_is_not_as_wanted_is_told_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instance that failed, one that nobody has registered, a policy that does not fit; not what is unloaded."""
+    monkeypatch.setattr("gateway.fleet.READ_AGAIN_S", 0.01)
+
+    async def body(fleet: Fleet, board: FakeBoard) -> None:
+        worker = await FakeWorker(tmp_path, "1").start()
+        spec = ServiceSpec(variants=("heavy", "light"), requirement_ms=300.0, router="learned-po")
+        wanted = (
+            InstanceSpec(variant="light"),
+            InstanceSpec(variant="heavy"),
+            InstanceSpec(variant="heavy", loaded=False),
+        )
+        workers = (WorkerSpec(name="w", instances=wanted), WorkerSpec(name="v", instances=wanted[:1]))
+        board.posted = Deployment(name="d", services={"s": spec}, workers=workers, version=2)
+        failed = msgspec.structs.replace(
+            worker.record("1"), id="w/heavy", variant="heavy", state=InstanceState.FAILED, reason="no such file"
+        )
+        board.records = [worker.record("1"), failed]
+        board.policies = {"s": PolicyStatus(policy="learned-po", in_force=False, reason="it was trained for four")}
+        await board.news(b"deployment")
+        await board.news(b"instances")
+        expected = [
+            "w/heavy of s is not ready: no such file",
+            "v/light of s is not ready: no worker has registered it",
+            "s is routed by deadline, not learned-po: it was trained for four",
+        ]
+        await until(lambda: fleet.notices() == expected)
+        board.policies = {}
+        await until(lambda: "not sent a table" in fleet.notices()[-1])
+        await worker.stop()
 
     run(body)

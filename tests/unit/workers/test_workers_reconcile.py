@@ -130,14 +130,22 @@ service_ms = 1
 """
 
 
-def test_a_failed_load_is_tried_again(
-    bench: Bench, eventually: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_failed_load_is_said_and_tried_again(
+    bench: Bench,
+    eventually: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """An unknown variant: FAILED with the reason; once its entry is there, it becomes ready by itself."""
     monkeypatch.setattr("workers.life.FIRST_PAUSE_S", 0.01)
+    told: list[tuple[InstanceState, str]] = []
+
+    def on_change() -> None:
+        told.extend((one.state, one.reason) for one in bench.host.instances.values())
 
     async def scenario() -> None:
-        reconciler = Reconciler("w", bench.host, Loading((tmp_path,)), lambda: None, drain_s=0.0)
+        reconciler = Reconciler("w", bench.host, Loading((tmp_path,)), on_change, drain_s=0.0)
         reconciler.follow(deployment(InstanceSpec(variant="mine")))
         instance = bench.host.instances["w/mine"]
         await eventually(lambda: instance.state is InstanceState.FAILED)
@@ -150,6 +158,13 @@ def test_a_failed_load_is_tried_again(
         await reconciler.end()
 
     asyncio.run(scenario())
+    assert told[0] == (InstanceState.LOADING, "")
+    again = [reason for state, reason in told[1:] if state in (InstanceState.LOADING, InstanceState.WARMING)]
+    assert again, "tried again"
+    assert all("mine" in reason for reason in again), "what it failed of stays to be seen"
+    warned = [one for one in caplog.records if one.levelname == "WARNING" and one.name == "workers.life"]
+    assert warned, "a failed load is worth a warning"
+    assert "mine" in warned[0].__dict__["reason"]
 
 
 def table(valid_for_s: float, **limits: tuple[int, int]) -> Table:
