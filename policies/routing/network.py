@@ -52,12 +52,15 @@ class Scheduler(nn.Module):
         self.actor = tower(inputs, instances + variants * choices, 0.01)
         self.critic = tower(inputs, 1, 1.0)
 
-    def lean(self, start: list[float]) -> None:
-        """Set the start: with these probabilities over instances the untrained policy's tables agree."""
+    def lean(self, start: list[float], batches: list[float]) -> None:
+        """Set the start: with these probabilities, over instances and over batch choices, the untrained policy agrees.
+
+        batches is the same for every variant; not used without batching.
+        """
         last = self.actor[-1]
         assert isinstance(last, nn.Linear)
         with torch.no_grad():
-            last.bias[: self.instances] = torch.log(torch.tensor(start))
+            last.bias.copy_(torch.log(torch.tensor(start + batches * self.variants)))
 
     def heads(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Table logits [..., n] and batch logits [..., variants, choices] in the actor's output."""

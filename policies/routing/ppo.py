@@ -18,11 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from policies.routing.artifact import write_artifact
+from policies.routing.contract import BATCH_SIZES
 from policies.routing.environment import PAIRS, SlotEnvironments
 from policies.routing.network import Scheduler
 from policies.routing.presets import Preset
 from policies.routing.queueing_model import ArrivalModel, ServiceModel
 from policies.routing.scores import Scores, scores_of
+
+AS_THEY_COME = (1, BATCH_SIZES[-1])
+"""The batch limits that never wait and take as many as there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +102,11 @@ class Trainer:
         heavy = sum(k.rank == 0 for k in kinds)
         light = len(kinds) - heavy
         share = preset.heavy_start if light else 1.0
-        self.network.lean([share / heavy if k.rank == 0 else (1.0 - share) / light for k in kinds])
+        rest = (1.0 - preset.batch_start) / (len(PAIRS) - 1)
+        self.network.lean(
+            [share / heavy if k.rank == 0 else (1.0 - share) / light for k in kinds],
+            [preset.batch_start if pair == AS_THEY_COME else rest for pair in PAIRS],
+        )
         self.adam = torch.optim.Adam(self.network.parameters(), lr=preset.learning_rate)
         self.noise = torch.Generator().manual_seed(seed + 1)
         self.update = 0
@@ -222,6 +230,7 @@ class Trainer:
         for group in self.adam.param_groups:
             group["lr"] = p.learning_rate * (1.0 - (1.0 - p.final_rate) * done)
         weights = list(self.network.parameters())
+        waiting = len(list(self.network.actor.parameters())) if self.update < p.critic_first else 0
         with ThreadPoolExecutor(self.threads) as pool:
             for _ in range(p.epochs):
                 order = torch.randperm(len(observed), generator=self.noise)
@@ -240,6 +249,8 @@ class Trainer:
                     parts = [w.result() for w in work]
                     for weight, *gradients in zip(weights, *parts, strict=True):
                         weight.grad = sum(gradients[1:], gradients[0])
+                    for weight in weights[:waiting]:
+                        weight.grad = None
                     self.adam.step()
 
     def _gradient(

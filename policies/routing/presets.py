@@ -6,6 +6,8 @@ What differs from the paper, in both presets, and why (papers/README.md: the obj
 - `input_baseline`: what arrivals and phases alone explain of a slot's reward (least squares, per update) is
   subtracted from it. No policy can change them, so the objective keeps its order of policies, but most of the noise
   goes: from a heavy start a burst costs 200 a slot, and when it ends is chance.
+- `batch_start`: how likely the untrained policy takes batches as they come (minimum 1, maximum 5); 1/6 prefers none.
+- `critic_first`: so many updates move the critic alone, for an actor that was trained before (`warm_start.py`).
 - advantages are normalised per minibatch, returns are rescaled as they are learned, and the learning rate
   falls linearly to a tenth ("initial learning rate" in the paper says no more).
 - one long trajectory is many shorter ones side by side: `environments` of them, T slots an update all told.
@@ -47,6 +49,8 @@ class Preset:
     heavy_start: float = 0.97
     input_baseline: bool = True
     entropy: float = 0.0
+    batch_start: float = 1 / 6
+    critic_first: int = 0
 
     def __post_init__(self) -> None:
         if self.slots_per_update % self.environments:
@@ -55,6 +59,8 @@ class Preset:
             )
         if not 0.0 < self.heavy_start < 1.0:
             raise RoutingError(f"heavy_start = {self.heavy_start}: must be inside (0, 1)")
+        if not 0.0 < self.batch_start < 1.0:
+            raise RoutingError(f"batch_start = {self.batch_start}: must be inside (0, 1)")
         if self.sigma <= 0.0:
             raise RoutingError(f"sigma = {self.sigma}: training needs noise above 0")
 

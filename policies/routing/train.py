@@ -15,6 +15,7 @@ from typing import Any
 
 from policies.routing.ppo import Progress, Task, Trainer
 from policies.routing.presets import paper_service, preset, workload
+from policies.routing.warm_start import start_from
 
 FORMS = {
     "learned-po": (False, False),
@@ -97,10 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", default="paper", help="paper | quick")
     parser.add_argument("--workload", default="paper", help="paper | periodic")
     parser.add_argument("--slots", type=int, default=None, help="length of the run (default: the preset's)")
+    parser.add_argument("--stop-at", type=int, default=None, help="stop at this many slots; --resume goes on later")
     parser.add_argument("--requirement-ms", type=float, default=300.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--start", type=Path, metavar="ARTIFACT", help="begin as this trained policy (the critic learns alone at first)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from OUT/checkpoint.pt if it exists")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a number of the preset"
@@ -108,6 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=None, help="stop at the first update after this long")
     given = parser.parse_args(arguments)
     chosen = preset(given.preset, given.slots)
+    if given.start is not None:
+        chosen = replace(chosen, critic_first=20)
     for item in given.set:
         key, value = item.split("=", 1)
         chosen = replace(chosen, **{key: type(getattr(chosen, key))(float(value))})
@@ -115,6 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trainer = Trainer(task, chosen, given.seed, given.threads)
     if given.resume and (given.out / "checkpoint.pt").exists():
         trainer.load(given.out / "checkpoint.pt")
+    elif given.start is not None:
+        start_from(trainer, given.start)
     stop_at = None if given.minutes is None else time.monotonic() + 60.0 * given.minutes
 
     def report(progress: Progress, point: dict[str, Any] | None) -> None:
@@ -125,9 +134,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif sys.stderr.isatty():
             print(line(progress, None), end="\r", file=sys.stderr, flush=True)
 
+    until = min(chosen.slots, given.stop_at or chosen.slots)
     command = "python -m policies.routing.train " + " ".join(arguments if arguments is not None else sys.argv[1:])
     try:
-        train(trainer, given.out, until_slots=chosen.slots, record={"command": command}, report=report)
+        train(trainer, given.out, until_slots=until, record={"command": command}, report=report)
     except KeyboardInterrupt:
         print(f"stopped at {trainer.slots} slots; go on with --resume", file=sys.stderr)
         return 130
