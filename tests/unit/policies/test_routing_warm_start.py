@@ -75,9 +75,9 @@ def test_other_instances_are_refused() -> None:
 def test_the_critic_learns_alone_at_first() -> None:
     trainer = Trainer(paper_task("learned-po", "paper"), SMALL, seed=7)
     actor = [w.detach().clone() for w in trainer.network.actor.parameters()]
-    critic = trainer.network.critic[0].weight.detach().clone()
+    critic = next(trainer.network.critic.parameters()).detach().clone()
     trainer.run(2_000, lambda progress: None)
     assert all(torch.equal(a, b) for a, b in zip(actor, trainer.network.actor.parameters(), strict=True))
-    assert not torch.equal(critic, trainer.network.critic[0].weight)
+    assert not torch.equal(critic, next(trainer.network.critic.parameters()))
     trainer.run(3_000, lambda progress: None)
     assert not torch.equal(actor[0], next(iter(trainer.network.actor.parameters())))
