@@ -14,6 +14,8 @@ instances = [{ variant = "digits_heavy" }]
 
 import re
 import tomllib
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,6 +92,12 @@ def read_deployment(path: Path) -> DeploymentFile:
     )
 
 
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'deadline'?"` where `word` is nearly one of those known, else empty: the end of an error."""
+    close = get_close_matches(word, sorted(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
 def check_deployment(deployment: Deployment) -> str:
     """Empty if the parts fit together, else what is wrong: the key, its value and what would be right."""
     if not deployment.services:
@@ -116,8 +124,12 @@ def check_deployment(deployment: Deployment) -> str:
     seen: set[str] = set()
     for worker in deployment.workers:
         where = f"workers {worker.name!r}"
-        if not _NAME.fullmatch(worker.name) or worker.name in seen:
-            return f"{where}: names are unique and made of a-z, 0-9, '_', '.' and '-'"
+        if not _NAME.fullmatch(worker.name):
+            return f"{where}: a name is made of a-z, 0-9, '_', '.' and '-', 64 at most"
+        if worker.name in seen:
+            return (
+                f"{where}: two [[workers]] have this name; give each its own, as {_unused(worker.name, deployment)!r}"
+            )
         seen.add(worker.name)
         if worker.device not in DEVICES:
             return f"{where}.device = {worker.device!r}: must be one of {', '.join(DEVICES)}"
@@ -127,13 +139,19 @@ def check_deployment(deployment: Deployment) -> str:
             return f"{where}.memory_mb = {worker.memory_mb}: must be above 0, or left out for no limit"
         for instance in worker.instances:
             if instance.variant not in served:
-                return f"{where}: variant {instance.variant!r} belongs to no service: list it in one's variants"
+                meant = did_you_mean(instance.variant, served)
+                return f"{where}: variant {instance.variant!r} belongs to no service: list it in one's variants{meant}"
             if not 1 <= instance.capacity <= 10_000:
                 return f"{where}: capacity = {instance.capacity} of {instance.variant}: must be from 1 to 10000"
             minimum, maximum = instance.batch
             if not 1 <= minimum <= maximum <= instance.capacity:
                 return f"{where}: batch = {instance.batch} of {instance.variant}: needs 1 <= min <= max <= capacity"
     return ""
+
+
+def _unused(name: str, deployment: Deployment) -> str:
+    taken = {worker.name for worker in deployment.workers}
+    return next(f"{name}-{number}" for number in range(2, len(taken) + 3) if f"{name}-{number}" not in taken)
 
 
 def _check_settings(file: DeploymentFile) -> str:
@@ -183,5 +201,8 @@ def _convert(content: object, type_: type[T], where: str) -> T:
         raise DeploymentError(f"{key} = {value!r}: {text}")
     field, name = f"{key}.{named[1]}".lstrip("."), named[1]
     if name in value:
-        raise DeploymentError(f"{field} = {value[name]!r}: no such key; there are {', '.join(table.__struct_fields__)}")
+        known = table.__struct_fields__
+        raise DeploymentError(
+            f"{field} = {value[name]!r}: no such key; there are {', '.join(known)}{did_you_mean(name, known)}"
+        )
     raise DeploymentError(f"{field} is missing: add it")

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -13,14 +14,17 @@ import typer
 from rich.console import Console
 
 from protocol.deployment import DeploymentError, DeploymentFile, read_deployment
-from tidegate.supervisor import Supervisor
+from tidegate.supervisor import Supervisor, free_port
+from tidegate.watch import Watch
 
 READY_PATIENCE_S = 120.0
 
 
 def up(
     file: Annotated[Path, typer.Option("-f", "--file", help="Deployment file, as deploy/digits.toml.")],
-    port: Annotated[int | None, typer.Option(help="HTTP port instead of the file's.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="HTTP port instead of the file's; 0 takes a free one.")
+    ] = None,
     host: Annotated[
         str | None, typer.Option(help="Address to listen on instead of the file's; 0.0.0.0 for all.")
     ] = None,
@@ -30,6 +34,8 @@ def up(
     embedded: Annotated[bool, typer.Option(help="Use the embedded board even if redis-server is installed.")] = False,
 ) -> None:
     """Start board, scheduler, workers and gateway of FILE; serve until Ctrl-C, then drain.
+
+    Instances that are not ready and routers that are not in force are told, with the reason, as long as it serves.
 
     Example: tidegate up -f deploy/digits.toml
     """
@@ -46,10 +52,10 @@ class StartFailed(RuntimeError):
 
 
 def with_address(file: DeploymentFile, host: str | None, port: int | None) -> DeploymentFile:
-    """The deployment, listening somewhere else where asked."""
-    settings = msgspec.structs.replace(
-        file.gateway, host=host if host is not None else file.gateway.host, port=port or file.gateway.port
-    )
+    """The deployment, listening somewhere else where asked; port 0 becomes one that is free now."""
+    chosen_host = host if host is not None else file.gateway.host
+    chosen_port = file.gateway.port if port is None else port or free_port(chosen_host)
+    settings = msgspec.structs.replace(file.gateway, host=chosen_host, port=chosen_port)
     return msgspec.structs.replace(file, gateway=settings)
 
 
@@ -62,12 +68,13 @@ async def _serve(file: DeploymentFile, board: str, embedded: bool, console: Cons
         file,
         redis_url=board,
         embedded=embedded,
-        on_event=lambda text: console.print(text, style="yellow", markup=False),
+        on_event=lambda text: console.print(text, style="yellow", markup=False, soft_wrap=True),
     )
     async with supervisor:
         console.print(f"{file.name}: board {supervisor.board_kind}, logs in {supervisor.folder}", highlight=False)
         ready = asyncio.create_task(until_ready(supervisor))
         stopped = asyncio.create_task(stop.wait())
+        watching: asyncio.Task[None] | None = None
         await asyncio.wait({ready, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if not stop.is_set():
             ready.result()
@@ -76,12 +83,26 @@ async def _serve(file: DeploymentFile, board: str, embedded: bool, console: Cons
                 f" state: {supervisor.url}/state) - Ctrl-C drains and ends",
                 style="green",
                 highlight=False,
+                soft_wrap=True,
             )
+            watching = asyncio.create_task(Watch(_teller(console)).run(supervisor.url), name="watch")
         ready.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await stopped
+        if watching is not None:
+            watching.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watching
         console.print("draining …")
     console.print("ended")
+
+
+def _teller(console: Console) -> Callable[[str, bool], None]:
+    def say(text: str, good: bool) -> None:
+        style = "green" if good else "yellow"
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    return say
 
 
 async def until_ready(supervisor: Supervisor, patience_s: float = READY_PATIENCE_S) -> None:

@@ -76,6 +76,8 @@ def test_the_shipped_deployments_are_good(path: Path) -> None:
         ('["heavy", "light"]', '["heavy", "heavy"]', ("services.digits.variants", "once")),
         ("[services.digits]", '[services."no spaces"]', ("services.no spaces", "a-z")),
         ('name = "a"', 'name = "../a"', ("'../a'", "a-z")),
+        ('variant = "heavy"', 'variant = "hevy"', ("'hevy'", "belongs to no service", "did you mean 'heavy'?")),
+        ("requirement_ms = 250", "requirement_ms = 250\nrouters = 'x'", ("no such key", "did you mean 'router'?")),
         ('name = "a"', 'name = "a"\nthreads = 0', ("threads = 0", "at least 1")),
         ('name = "a"', 'name = "a"\nmemory_mb = -5', ("memory_mb = -5", "above 0")),
         ("capacity = 5", "capacity = 0", ("capacity = 0", "from 1")),
@@ -99,7 +101,8 @@ def test_what_is_wrong_is_named(tmp_path: Path, line: str, instead: str, named: 
 
 def test_two_workers_of_one_name_are_refused(tmp_path: Path) -> None:
     twice = GOOD.replace("[gateway]", f'[[workers]]\nname = "a"\n{WORKER}\n[gateway]')
-    assert "unique" in read(tmp_path, twice)
+    message = read(tmp_path, twice)
+    assert all(part in message for part in ("workers 'a'", "two [[workers]] have this name", "'a-2'")), message
 
 
 def test_a_file_that_is_not_there_or_not_text_is_said_so(tmp_path: Path) -> None:

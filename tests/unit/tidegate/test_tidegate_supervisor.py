@@ -190,7 +190,9 @@ def test_what_exists_is_accepted() -> None:
     ("file", "named"),
     [
         (deployment(router="best"), ("services.imagenet.router", "'best'", "deadline")),
-        (deployment(variant="nothing"), ("'a'", "'nothing'", "efficientnet_b0_t4", "catalog = [...]")),
+        (deployment(router="deadlin"), ("'deadlin'", "did you mean 'deadline'?")),
+        (deployment(variant="nothing"), ("services.imagenet", "'nothing'", "efficientnet_b0_t4", "catalog = [...]")),
+        (deployment(variant="digits_hevy"), ("'digits_hevy'", "did you mean 'digits_heavy'?")),
     ],
 )
 def test_what_does_not_exist_is_named_with_what_does(file: DeploymentFile, named: tuple[str, ...]) -> None:
