@@ -7,7 +7,8 @@ that imports fastapi.
 """
 
 import hmac
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
@@ -27,6 +28,7 @@ from protocol.board import BOARD_ERRORS
 from protocol.deployment import check_deployment
 from protocol.records import Deployment
 
+T = TypeVar("T")
 VERSION = "0.1.0"
 LARGEST_ADMIN_BYTES = 1 << 20
 
@@ -101,7 +103,7 @@ def build_api(gateway: Gateway) -> FastAPI:
             raise HTTPException(400, fault)
         for name, spec in deployment.services.items():
             _check_router(spec.router, name)
-        return _json(await _post(gateway, deployment))
+        return _json(await _reached(gateway.fleet.board.put_deployment(deployment)))
 
     @api.put(
         "/admin/services/{service}/router",
@@ -111,13 +113,18 @@ def build_api(gateway: Gateway) -> FastAPI:
     )
     async def change_router(service: str, request: Request) -> Response:
         change = _decode(await _body(gateway, request), RouterChange, "change of router")
-        deployment = gateway.fleet.deployment
-        if deployment is None or service not in deployment.services:
-            raise HTTPException(404, f"no service {service!r} is deployed")
         _check_router(change.router, service)
-        spec = msgspec.structs.replace(deployment.services[service], router=change.router)
-        services = {**deployment.services, service: spec}
-        return _json(await _post(gateway, msgspec.structs.replace(deployment, services=services)))
+
+        def changed(deployment: Deployment) -> Deployment:
+            if service not in deployment.services:
+                raise HTTPException(404, f"no service {service!r} is deployed")
+            spec = msgspec.structs.replace(deployment.services[service], router=change.router)
+            return msgspec.structs.replace(deployment, services={**deployment.services, service: spec})
+
+        deployment = await _reached(gateway.fleet.board.change_deployment(changed, gateway.fleet.deployment))
+        if deployment is None:
+            raise HTTPException(404, "no deployment is posted")
+        return _json(deployment)
 
     @api.exception_handler(AnyHTTPException)
     async def as_error(request: Request, error: AnyHTTPException) -> JSONResponse:
@@ -136,9 +143,10 @@ def build_api(gateway: Gateway) -> FastAPI:
     return api
 
 
-async def _post(gateway: Gateway, deployment: Deployment) -> Deployment:
+async def _reached(call: Awaitable[T]) -> T:
+    """What a call to the board gives; 503 if the board is away."""
     try:
-        return await gateway.fleet.board.put_deployment(deployment)
+        return await call
     except BOARD_ERRORS as error:
         raise HTTPException(503, f"the board (Redis) cannot be reached: {error}") from error
 

@@ -53,19 +53,24 @@ def changed(deployment: Deployment, variants: tuple[str, ...], loaded: bool) -> 
 async def set_loaded(fleet: Fleet, model: Model, loaded: bool, patience_s: float = PATIENCE_S) -> None:
     """Loads or unloads every instance of the model; returns once the workers have done so.
 
-    Raises `Refused`: INVALID if the deployment places no instance of it, FAILED with the worker's reason if loading
-    failed, UNAVAILABLE without board or deployment or when `patience_s` is over.
+    Calls at the same time add up; of two that contradict each other the earlier one is told.
+
+    Raises `Refused`: INVALID if the deployment places no instance of it or somebody else undid this, FAILED with the
+    worker's reason if loading failed, UNAVAILABLE without board or deployment or when `patience_s` is over.
     """
-    try:
-        present = await fleet.board.deployment() or fleet.deployment
-        if present is None:
-            raise Refused(Outcome.UNAVAILABLE, "no deployment is posted on the board")
-        wanted, ids = changed(present, model.variants, loaded)
+    ids: list[str] = []
+
+    def change(present: Deployment) -> Deployment:
+        wanted, ids[:] = changed(present, model.variants, loaded)
         if not ids:
             reason = f"no worker of the deployment has {model.name!r}: give one an instance with PUT /admin/deployment"
             raise Refused(Outcome.INVALID, reason, 400)
-        if wanted != present:
-            await fleet.board.put_deployment(wanted)
+        return wanted
+
+    try:
+        posted = await fleet.board.change_deployment(change, fleet.deployment)
+        if posted is None:
+            raise Refused(Outcome.UNAVAILABLE, "no deployment is posted on the board")
     except BOARD_ERRORS as error:
         raise Refused(Outcome.UNAVAILABLE, f"the board (Redis) cannot be reached: {error}") from error
     ends_s = time.monotonic() + patience_s
@@ -76,6 +81,10 @@ async def set_loaded(fleet: Fleet, model: Model, loaded: bool, patience_s: float
             failures = _failures([records[id] for id in ids if id in records])
             if failures:
                 raise Refused(Outcome.FAILED, f"failed to load {model.name!r}: {failures}")
+        latest = fleet.deployment
+        if latest and latest.version > posted.version and changed(latest, model.variants, loaded)[0] != latest:
+            reason = f"somebody else has {'unloaded' if loaded else 'loaded'} {model.name!r} or a part of it meanwhile"
+            raise Refused(Outcome.INVALID, reason, 409)
         if set(ids) <= open_ids if loaded else not any(id in records for id in ids):
             return
         if time.monotonic() > ends_s:

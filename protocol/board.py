@@ -110,18 +110,52 @@ class Board:
 
     @_cancellable
     async def put_deployment(self, deployment: Deployment) -> Deployment:
-        """Replaces the desired state; gives it back with the version that it got.
+        """Replaces the desired state, whatever it is; gives it back with the version that it got.
 
         That is above the one it came with, also on a board that has lost its memory: else no reader would take it.
         """
-        version = int(await self._redis.incr("version:deployment"))
-        numbered = msgspec.structs.replace(deployment, version=max(version, deployment.version + 1))
-        pipeline = self._redis.pipeline(transaction=True)
-        pipeline.set("deployment", _json(numbered))
-        pipeline.set("version:deployment", numbered.version)
-        pipeline.publish("news", "deployment")
-        await pipeline.execute()
-        return numbered
+        posted = await self._change_deployment(lambda present: deployment)
+        assert posted is not None, "this change is never left out"
+        return posted
+
+    @_cancellable
+    async def change_deployment(
+        self, change: Callable[[Deployment], Deployment], empty: Deployment | None = None
+    ) -> Deployment | None:
+        """Applies `change` to the posted deployment (`empty` where none is), and gives back what then stands there.
+
+        In one step: `change` is asked again when somebody else's change came in between, so none is lost. One that
+        gives back what it got posts nothing. None if nothing is posted and `empty` is None. What `change` raises, this
+        raises, and nothing is posted.
+        """
+
+        def applied(posted: Deployment | None) -> Deployment | None:
+            present = posted or empty
+            wanted = change(present) if present is not None else None
+            return None if wanted == posted else wanted
+
+        return await self._change_deployment(applied) or await self.deployment()
+
+    async def _change_deployment(self, wanted: Callable[[Deployment | None], Deployment | None]) -> Deployment | None:
+        """Posts what `wanted` makes of the posted deployment, under the next version; None if that is nothing."""
+        async with self._redis.pipeline(transaction=True) as pipeline:
+            while True:
+                await pipeline.watch("deployment", "version:deployment")
+                posted = _decode(await pipeline.get("deployment"), Deployment)
+                version = int(await pipeline.get("version:deployment") or 0)
+                deployment = wanted(posted)
+                if deployment is None:
+                    return None
+                numbered = msgspec.structs.replace(deployment, version=max(version, deployment.version) + 1)
+                pipeline.multi()
+                pipeline.set("deployment", _json(numbered))
+                pipeline.set("version:deployment", numbered.version)
+                pipeline.publish("news", "deployment")
+                try:
+                    await pipeline.execute()
+                except WatchError:
+                    continue
+                return numbered
 
     @_cancellable
     async def deployment(self) -> Deployment | None:

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import pytest
 
 from protocol import board as board_module
@@ -113,6 +114,48 @@ def test_deployment_versions_only_grow(board_url: str) -> None:
         after = await board.put_deployment(again)
         assert again.version >= second.version
         assert after.version > again.version
+
+    run(board_url, scenario)
+
+
+def test_changes_of_the_deployment_at_once_are_all_kept(board_url: str) -> None:
+    """Four clients add a service at the same moment, each on a connection of its own: nobody's change is lost."""
+
+    def adding(name: str) -> Callable[[Deployment], Deployment]:
+        spec = DEPLOYMENT.services["s"]
+        return lambda present: msgspec.structs.replace(present, services={**present.services, name: spec})
+
+    async def scenario(board: Board) -> None:
+        names = [f"s{number}" for number in range(4)]
+        await board.put_deployment(DEPLOYMENT)
+        changed = await asyncio.gather(*(board.change_deployment(adding(name)) for name in names))
+        posted = await board.deployment()
+        assert posted is not None
+        assert posted.services.keys() == {"s", *names}
+        assert sorted(one.version for one in changed if one) == [2, 3, 4, 5], "one version each"
+        assert posted.version == 5
+
+    run(board_url, scenario)
+
+
+def test_a_change_may_do_nothing_or_fail_or_find_nothing(board_url: str) -> None:
+    """Then nothing is posted; an empty board is filled from what the caller knows."""
+
+    async def scenario(board: Board) -> None:
+        assert await board.change_deployment(lambda present: present) is None
+        assert await board.deployment() is None
+        known = msgspec.structs.replace(DEPLOYMENT, version=7)
+        filled = await board.change_deployment(lambda present: present, empty=known)
+        assert filled is not None
+        assert filled.version == 8
+        assert await board.change_deployment(lambda present: present, empty=known) == filled
+
+        def fail(present: Deployment) -> Deployment:
+            raise LookupError(present.name)
+
+        with pytest.raises(LookupError):
+            await board.change_deployment(fail)
+        assert await board.deployment() == filled
 
     run(board_url, scenario)
 

@@ -160,6 +160,37 @@ def test_a_deployment_switch_loses_nothing_but_what_nobody_could_serve(system: R
     asyncio.run(run())
 
 
+def test_models_loaded_and_unloaded_at_once_are_all_heard(system: RunningSystem) -> None:
+    """Each call changes the same deployment: none may overwrite another. Contradictions end, and say so."""
+
+    async def run() -> None:
+        async with client() as session:
+
+            async def ask(variant: str, action: str) -> tuple[int, str]:
+                url = f"{system.url}/v2/repository/models/{variant}/{action}"
+                async with session.post(url, json={}) as response:
+                    return response.status, (await response.json()).get("error", "")
+
+            async def wanted() -> list[bool]:
+                async with session.get(f"{system.url}/admin/deployment") as response:
+                    workers = (await response.json())["workers"]
+                return [one["instances"][0]["loaded"] for one in workers]
+
+            both = ("pnasnet5large_t4", "efficientnet_b0_t4")
+            for _ in range(3):
+                for action in ("unload", "load"):
+                    assert await asyncio.gather(*(ask(one, action) for one in both)) == [(200, "")] * 2
+                    assert await wanted() == [action == "load"] * 4
+            async with asyncio.timeout(20.0):
+                ended = await asyncio.gather(*(ask(both[1], one) for one in ("unload", "load") * 3))
+            assert {status for status, _ in ended} <= {200, 409}
+            assert all("meanwhile" in error for status, error in ended if status == 409)
+            assert await ask(both[1], "load") == (200, "")
+            await assert_conserved(system, session, restarted=("a", "b", "c", "d"))
+
+    asyncio.run(run())
+
+
 def test_a_bad_deployment_is_refused_and_changes_nothing(system: RunningSystem) -> None:
     async def run() -> None:
         async with client() as session:
