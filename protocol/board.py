@@ -19,12 +19,21 @@ import msgspec
 import redis.asyncio as redis
 from redis.exceptions import RedisError, WatchError
 
-from protocol.records import DecisionRecord, Deployment, InstanceRecord, PolicyStatus, Table
+from protocol.records import (
+    DecisionRecord,
+    Deployment,
+    InstanceRecord,
+    PolicyStatus,
+    RouterChoice,
+    ShadowRecord,
+    Table,
+)
 
 BOARD_ERRORS: Final = (RedisError, OSError, TimeoutError)
 INSTANCE_EXPIRES_S: Final = 3.0
 LEASE_EXPIRES_S: Final = 3.0
 POLICY_STATUS_EXPIRES_S: Final = 10.0
+SHADOW_EXPIRES_S: Final = 10.0
 DECISIONS_KEPT: Final = 10_000
 
 _json = msgspec.json.Encoder().encode
@@ -192,6 +201,47 @@ class Board:
         values = await self._redis.mget([f"policy_status:{one}" for one in services]) if services else []
         found = {one: _decode(value, PolicyStatus) for one, value in zip(services, values, strict=True)}
         return {one: status for one, status in found.items() if status is not None}
+
+    # changes of router that can be taken back, and routers that only look on (asked for by operators)
+
+    @_cancellable
+    async def put_former(self, service: str, choice: RouterChoice) -> None:
+        """Keeps what a change of the service's router has replaced."""
+        await self._redis.set(f"former:{service}", _json(choice))
+
+    @_cancellable
+    async def former(self, service: str) -> RouterChoice | None:
+        """What the last change replaced, or None if there was none."""
+        return _decode(await self._redis.get(f"former:{service}"), RouterChoice)
+
+    @_cancellable
+    async def put_shadow_choice(self, service: str, choice: RouterChoice) -> None:
+        """Which router the scheduler should let decide beside the real one; an empty name ends that."""
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.delete(f"shadow:{service}")
+        if choice.router:
+            pipeline.set(f"shadow_choice:{service}", _json(choice))
+        else:
+            pipeline.delete(f"shadow_choice:{service}")
+        pipeline.publish("news", "shadow")
+        await pipeline.execute()
+
+    @_cancellable
+    async def shadow_choices(self, services: list[str]) -> dict[str, RouterChoice]:
+        """The routers that should look on, by service."""
+        values = await self._redis.mget([f"shadow_choice:{one}" for one in services]) if services else []
+        found = {one: _decode(value, RouterChoice) for one, value in zip(services, values, strict=True)}
+        return {one: choice for one, choice in found.items() if choice is not None}
+
+    @_cancellable
+    async def put_shadow(self, service: str, record: ShadowRecord) -> None:
+        """How the shadowed router would have done so far; forgotten after 10 s."""
+        await self._redis.set(f"shadow:{service}", _json(record), px=int(SHADOW_EXPIRES_S * 1000))
+
+    @_cancellable
+    async def shadow(self, service: str) -> ShadowRecord | None:
+        """The latest news of the service's shadowed router, if one is at work."""
+        return _decode(await self._redis.get(f"shadow:{service}"), ShadowRecord)
 
     # the workload's phase, which only an experiment's load generator knows
 

@@ -221,6 +221,44 @@ class PolicyStatus(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
 
 
+class RouterChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """A router for a service, with its trained policy where it is not a shipped one.
+
+    `former:{service}`: what the last change replaced, for a rollback. `shadow_choice:{service}`: what the operator
+    wants to see deciding beside the real one; an empty `router` means nothing.
+    """
+
+    router: str
+    policy_file: str = ""
+
+
+class WouldBe(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of requests, or would have. Ratios are fractions; goodput is expected (accuracy summed in time)."""
+
+    requests: int = 0
+    goodput_ratio: float = 0.0
+    violation_ratio: float = 0.0
+    heavy_ratio: float = 0.0
+
+
+class ShadowRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """`shadow:{service}` (expires in 10 s): how a shadowed router would have done since it was asked for.
+
+    `shadow` and `active` come from one queueing model (`policies.routing.replica`) fed with the same counted arrivals,
+    so they compare like with like; `observed` is what the workers counted. `weights`: the shadow's present table, by
+    instance; empty for a per-request rule. `reason`: why it cannot decide, empty if it does.
+    """
+
+    choice: RouterChoice
+    active_router: str
+    slots: int = 0
+    reason: str = ""
+    weights: dict[str, float] = {}
+    shadow: WouldBe = WouldBe()
+    active: WouldBe = WouldBe()
+    observed: WouldBe = WouldBe()
+
+
 class DecisionRecord(msgspec.Struct, frozen=True, kw_only=True):
     """One line of the `decisions` stream: what the scheduler saw, what it chose, which table that became."""
 
