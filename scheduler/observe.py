@@ -17,7 +17,15 @@ from protocol.board import BOARD_ERRORS, Board
 from protocol.frames import Kind
 from protocol.link import LinkClosed
 from protocol.peer import Peer
-from protocol.records import Deployment, InstanceRecord, InstanceState, ServiceSpec, Status, WorkerStatus
+from protocol.records import (
+    Deployment,
+    InstanceRecord,
+    InstanceState,
+    RouterChoice,
+    ServiceSpec,
+    Status,
+    WorkerStatus,
+)
 
 log = logging.getLogger("scheduler.observe")
 
@@ -26,11 +34,15 @@ _UNKNOWN_SERVICE_S: Final = 0.01
 
 
 class Seen(msgspec.Struct, frozen=True):
-    """One service at one moment: its instances in sorted order, their kinds and their observation."""
+    """One service at one moment: its instances in sorted order, their kinds and their observation.
+
+    `counts`: by instance that answered, its counters by `Attempt` code since the worker's start.
+    """
 
     instances: tuple[str, ...]
     kinds: tuple[InstanceKind, ...]
     observation: Observation
+    counts: dict[str, tuple[int, ...]] = {}
 
 
 class Observer:
@@ -39,12 +51,14 @@ class Observer:
     def __init__(self, board: Board, timeout_s: float) -> None:
         self.board = board
         self.deployment: Deployment | None = None
+        self.shadow_choices: dict[str, RouterChoice] = {}
         self.changed = asyncio.Event()
         self._timeout_s = timeout_s
         self._records: dict[str, InstanceRecord] = {}
         self._known: dict[str, InstanceRecord] = {}
         self._phases: dict[str, int] = {}
-        self._phase_changes: dict[str, asyncio.Event] = {}
+        self._events: dict[str, asyncio.Event] = {}
+        self._happened: dict[str, set[str]] = {}
         self._peers: dict[str, Peer] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._loops: list[asyncio.Task[None]] = []
@@ -99,6 +113,7 @@ class Observer:
                 ],
                 phase=self._phases.get(service, -1),
             ),
+            counts={one: statuses[one].counts for one in ids if one in statuses},
         )
 
     def _kind(self, one: str, desired_variant: str, order: dict[str, int]) -> InstanceKind:
@@ -112,11 +127,26 @@ class Observer:
             capacity=record.capacity if record is not None else 15,
         )
 
-    async def phase_change(self, service: str) -> None:
-        """Returns when the reported phase of the service's workload has changed since the last call."""
-        event = self._phase_changes.setdefault(service, asyncio.Event())
-        await event.wait()
-        event.clear()
+    async def event(self, service: str, *, phases: bool) -> None:
+        """Returns when an instance of the service has come or gone since the last call, or (`phases`) its workload's
+        reported phase has changed: what a decision should not wait for the slot's end for (Tan 6.2)."""
+        event = self._events.setdefault(service, asyncio.Event())
+        while True:
+            await event.wait()
+            event.clear()
+            happened = self._happened.pop(service, set())
+            if phases or "instances" in happened:
+                return
+
+    def _tell(self, service: str, what: str) -> None:
+        if service in self._events:
+            self._happened.setdefault(service, set()).add(what)
+            self._events[service].set()
+
+    def _on_link(self, peer: Peer) -> None:
+        """A worker died, or came back: whatever it serves has other instances now."""
+        for service in {record.service for record in self._records.values() if record.address == peer.address}:
+            self._tell(service, "instances")
 
     async def _ask(self, address: str) -> WorkerStatus | None:
         peer = self._peers.get(address)
@@ -141,15 +171,19 @@ class Observer:
         if deployment is not None and (self.deployment is None or deployment.version > self.deployment.version):
             self.deployment = deployment
             self.changed.set()
-        self._records = {record.id: record for record in await self.board.instances()}
+        known, self._records = self._records, {record.id: record for record in await self.board.instances()}
+        for service in {service for service, _ in _ready(known) ^ _ready(self._records)}:
+            self._tell(service, "instances")
         if self.deployment is not None:
-            before, self._phases = self._phases, await self.board.phases(list(self.deployment.services))
+            services = list(self.deployment.services)
+            before, self._phases = self._phases, await self.board.phases(services)
             for service, phase in self._phases.items():
-                if before.get(service) != phase and service in self._phase_changes:
-                    self._phase_changes[service].set()
+                if before.get(service) != phase:
+                    self._tell(service, "phase")
+            self.shadow_choices = await self.board.shadow_choices(services)
         wanted = {record.address for record in self._records.values()}
         for address in wanted - self._peers.keys():
-            peer = self._peers[address] = Peer(address, lambda peer: None)
+            peer = self._peers[address] = Peer(address, self._on_link)
             self._tasks[address] = asyncio.create_task(peer.run(), name=f"link to {address}")
         for address in self._peers.keys() - wanted:
             if not self._peers[address].up:
@@ -165,3 +199,8 @@ class Observer:
             await asyncio.sleep(READ_AGAIN_S)
             with contextlib.suppress(*BOARD_ERRORS):
                 await self._read()
+
+
+def _ready(records: dict[str, InstanceRecord]) -> set[tuple[str, str]]:
+    """(service, instance id) of those that may be routed to."""
+    return {(record.service, one) for one, record in records.items() if record.state is InstanceState.READY}

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from policies.routing.contract import InstanceKind, SlotPolicy
-from policies.routing.learned import load_policy
+from policies.routing.policy_set import load_policies
 from policies.routing.rules import RULES
 from policies.routing.tables import Infaas, Stationary, Threshold
 from protocol.records import ServiceSpec
@@ -13,7 +13,7 @@ def make_policy(router: str, kinds: Sequence[InstanceKind], spec: ServiceSpec, s
     """The policy for this set of instances, or None if the router needs no tables.
 
     Learned policies come from the service's `policy_file`, else from those shipped (`policies/pretrained`).
-    Raises `ValueError` if there is none for the name or for this set of instances.
+    Raises `ValueError` if there is none for the name, or it is broken.
     """
     instances = tuple(kinds)
     if router in RULES:
@@ -26,4 +26,4 @@ def make_policy(router: str, kinds: Sequence[InstanceKind], spec: ServiceSpec, s
         if not spec.phase_rates:
             raise ValueError("stationary needs phase_rates in the service's settings: requests/s in each phase")
         return Stationary.solve(instances, spec.phase_rates, spec.requirement_ms / 1e3, 1.0 - spec.percentile)
-    return load_policy(spec.policy_file or router, instances)
+    return load_policies(spec.policy_file or router, instances, router)

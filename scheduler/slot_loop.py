@@ -1,8 +1,9 @@
 """One slot: observe, act, publish, record; for every service whose router sets tables. Start reading here.
 
-The loop of a service runs on its policy's own slot length, on boundaries that do not drift; a fully observable policy
-also decides when the phase changes. Only the holder of the lease publishes. A slot that goes wrong (no status, no
-table, no board) costs that slot: gateways keep the last table until it expires, then route by `deadline`.
+The loop of a service runs on its policy's own slot length, on boundaries that do not drift; it also decides at once
+when an instance comes or goes and, for a policy that sees it, when the phase changes. Only the holder of the lease
+publishes. A slot that goes wrong (no status, no table, no board) costs that slot: gateways keep the last table until
+it expires, then route by `deadline`, and are told why.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -17,18 +19,24 @@ import msgspec
 import numpy as np
 
 from policies.routing.contract import InstanceKind, SlotPolicy
+from policies.routing.policy_set import PolicySet
 from protocol.board import BOARD_ERRORS, LEASE_EXPIRES_S, Board
-from protocol.records import DecisionRecord, ServiceSpec
+from protocol.records import DecisionRecord, PolicyStatus, ServiceSpec
 from scheduler.config import SchedulerConfig
 from scheduler.metrics import SchedulerMetrics
 from scheduler.observe import Observer, Seen
 from scheduler.publish import UnusableAction, table_from
+from scheduler.shadow import ShadowLoop
 
 log = logging.getLogger("scheduler.slot_loop")
 
 MakePolicy = Callable[[str, Sequence[InstanceKind], ServiceSpec, float], SlotPolicy | None]
 """(router, kinds, service settings, slot_s) -> the policy for this set of instances, or None if it sets no tables."""
 IDLE_S: Final = 0.2
+SAY_AGAIN_S: Final = 3.0
+"""So often a policy's status is renewed on the board while nothing about it changes."""
+LOAD_AGAIN_S: Final = 5.0
+"""So often a policy that could not be loaded is tried again: its file may have been put right."""
 
 
 class SlotStatistics(msgspec.Struct, frozen=True):
@@ -61,6 +69,10 @@ class SlotLoop:
         self._rng = np.random.default_rng(config.seed)
         self._policy: SlotPolicy | None = None
         self._policy_for: tuple[ServiceSpec, tuple[str, ...], tuple[str, ...]] | None = None
+        self._unloadable = ""
+        self._tried_s = 0.0
+        self._said: PolicyStatus | None = None
+        self._said_s = 0.0
         self._slot = 0
         self._boundary_s = 0.0
         self._published = 0
@@ -75,31 +87,48 @@ class SlotLoop:
             if spec is None or not self._leading():
                 continue
             try:
-                await self._decide(spec, boundary_s)
-            except (UnusableAction, ValueError, *BOARD_ERRORS) as error:
-                self._fail()
-                log.warning("slot %d of %s: %s", self._slot, self.service, error)
-            except Exception:  # a policy may be anybody's code: its bug costs its slot, not the other services' tables
-                self._fail()
-                log.exception("slot %d of %s", self._slot, self.service)
+                status = await self._decide(spec, boundary_s)
+            except (UnusableAction, ValueError) as error:
+                status = PolicyStatus(policy=spec.router, in_force=False, reason=str(error))
+                self._fail(status.reason)
+            except BOARD_ERRORS as error:
+                self._fail(str(error))
+                continue
+            except Exception as error:  # a policy may be anybody's code: its bug costs its slot, not other services
+                status = PolicyStatus(
+                    policy=spec.router, in_force=False, reason=f"its code failed: {error!r} (see the scheduler's log)"
+                )
+                self._fail(status.reason, traceback=True)
+            if status is not None:
+                await self._say(status)
 
-    def _fail(self) -> None:
+    def _fail(self, reason: str, *, traceback: bool = False) -> None:
+        """Counts a lost slot; one that is lost like the last is not logged again."""
         self._failed += 1
         self._metrics.slots.labels(self.service, "failed").inc()
+        if self._said is None or self._said.reason != reason:
+            log.warning("slot %d of %s: %s", self._slot, self.service, reason, exc_info=traceback)
+
+    async def _say(self, status: PolicyStatus) -> None:
+        """Tells the gateways whether the policy sets tables, on every change and now and then."""
+        now_s = asyncio.get_running_loop().time()
+        if status == self._said and now_s - self._said_s < SAY_AGAIN_S:
+            return
+        with contextlib.suppress(*BOARD_ERRORS):
+            await self._board.put_policy_status(self.service, status)
+            self._said, self._said_s = status, now_s
 
     async def _next_decision(self) -> float:
-        """Waits for the slot's end; a policy that sees the phase also decides when that changes, within the slot."""
+        """Waits for the slot's end, or for an event within the slot that should not wait for it."""
         loop = asyncio.get_running_loop()
         self._slot += 1
         slot_s = self._policy.slot_s if self._policy is not None else min(self._config.slot_s, IDLE_S)
         next_s = max(self._boundary_s + slot_s, loop.time())
-        if self._policy is not None and self._policy.needs_phase:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(next_s):
-                    await self._observer.phase_change(self.service)
-                    return loop.time()
-        else:
-            await asyncio.sleep(next_s - loop.time())
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(next_s):
+                phases = self._policy is not None and self._policy.needs_phase
+                await self._observer.event(self.service, phases=phases)
+                return loop.time()
         self._boundary_s = next_s
         return next_s
 
@@ -107,15 +136,17 @@ class SlotLoop:
         deployment = self._observer.deployment
         return deployment.services.get(self.service) if deployment is not None else None
 
-    async def _decide(self, spec: ServiceSpec, boundary_s: float) -> None:
+    async def _decide(self, spec: ServiceSpec, boundary_s: float) -> PolicyStatus | None:
+        """One slot; the policy's status, or None for a router that needs no tables."""
         seen = await self._observer.observe(self.service, spec)
         policy = self._policy_of(spec, seen)
         if policy is None or not seen.instances:
-            return
+            return None
         action = policy.act(seen.observation, self._rng)
         valid_for_s = policy.slot_s * self._config.tables_live_slots
         table = await self._board.put_table(table_from(self.service, policy.name, seen, action, valid_for_s))
         taken_s = asyncio.get_running_loop().time() - boundary_s
+        self._metrics.slot_start.labels(self.service).set(time.time() - taken_s)
         self._published += 1
         self._metrics.slots.labels(self.service, "published").inc()
         self._metrics.decide_seconds.labels(self.service).observe(taken_s)
@@ -132,14 +163,25 @@ class SlotLoop:
                 publish_ms=taken_s * 1e3,
             )
         )
+        remark = policy.remark(seen.observation.ready) if isinstance(policy, PolicySet) else ""
+        return PolicyStatus(policy=spec.router, in_force=True, reason=remark)
 
     def _policy_of(self, spec: ServiceSpec, seen: Seen) -> SlotPolicy | None:
-        """The policy for the service's settings and present set of instances; made anew when either changes."""
+        """The policy for the service's settings and present set of instances; made anew when either changes.
+
+        Raises `ValueError` as long as it cannot be loaded.
+        """
         wanted = (spec, seen.instances, tuple(kind.variant for kind in seen.kinds))
-        if self._policy_for != wanted:
-            self._policy, self._policy_for = None, wanted
-            if seen.kinds:
-                self._policy = self._make_policy(spec.router, seen.kinds, spec, self._config.slot_s)
+        now_s = asyncio.get_running_loop().time()
+        if self._policy_for != wanted or (self._unloadable and now_s - self._tried_s > LOAD_AGAIN_S):
+            self._policy, self._policy_for, self._unloadable, self._tried_s = None, wanted, "", now_s
+            try:
+                if seen.kinds:
+                    self._policy = self._make_policy(spec.router, seen.kinds, spec, self._config.slot_s)
+            except ValueError as error:
+                self._unloadable = str(error)
+        if self._unloadable:
+            raise ValueError(self._unloadable)
         return self._policy
 
     def statistics(self) -> SlotStatistics:
@@ -163,7 +205,7 @@ class Scheduler:
         self.metrics.serve(self.config.metrics_port)
         async with Observer(self._board, self.config.status_timeout_s) as observer, asyncio.TaskGroup() as tasks:
             tasks.create_task(self._hold_lease())
-            loops: dict[str, asyncio.Task[None]] = {}
+            loops: dict[str, list[asyncio.Task[None]]] = {}
             while True:
                 await observer.changed.wait()
                 observer.changed.clear()
@@ -178,9 +220,16 @@ class Scheduler:
                         self.metrics,
                         leading=lambda: self.leads,
                     )
-                    loops[name] = tasks.create_task(loop.run(), name=f"slots of {name}")
+                    shadow = ShadowLoop(
+                        name, self._board, observer, self._make_policy, self.config, self.metrics, lambda: self.leads
+                    )
+                    loops[name] = [
+                        tasks.create_task(loop.run(), name=f"slots of {name}"),
+                        tasks.create_task(shadow.run(), name=f"shadow of {name}"),
+                    ]
                 for name in loops.keys() - services:
-                    loops.pop(name).cancel()
+                    for task in loops.pop(name):
+                        task.cancel()
 
     async def _hold_lease(self) -> None:
         while True:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from policies.routing.contract import RoutingError
@@ -54,12 +55,26 @@ def read_artifact(path: Path) -> tuple[dict[str, Any], Layout, dict[str, NDArray
         tensors = load_file(record_path.with_suffix(".safetensors"))
     except FileNotFoundError as missing:
         raise RoutingError(f"artifact {record_path}: {missing.filename or missing} does not exist") from missing
-    except json.JSONDecodeError as broken:
+    except OSError as broken:
+        raise RoutingError(f"artifact {record_path}: cannot be read ({broken.strerror})") from broken
+    except (json.JSONDecodeError, UnicodeDecodeError) as broken:
         raise RoutingError(f"artifact {record_path} is not JSON: {broken}") from broken
-    if record.get("format") != FORMAT:
-        raise RoutingError(f"artifact {record_path}: format = {record.get('format')}, this code reads {FORMAT}")
-    fields = dict(record["layout"])
-    layout = Layout(**{**fields, "variants": tuple(fields["variants"]), "elapsed_s": tuple(fields["elapsed_s"])})
+    except SafetensorError as broken:
+        raise RoutingError(f"artifact {record_path.with_suffix('.safetensors')}: broken ({broken})") from broken
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = record.get("format") if isinstance(record, dict) else "none"
+        raise RoutingError(f"artifact {record_path}: format = {found}, this code reads {FORMAT}")
+    for key in ("name", "slot_s", "layout", "layout_hash"):
+        if key not in record:
+            raise RoutingError(f"artifact {record_path}: {key} is missing; train it again")
+    try:
+        fields = dict(record["layout"])
+        layout = Layout(**{**fields, "variants": tuple(fields["variants"]), "elapsed_s": tuple(fields["elapsed_s"])})
+    except (TypeError, KeyError, ValueError) as wrong:
+        raise RoutingError(
+            f"artifact {record_path}: layout = {record['layout']}: made for another feature layout ({wrong}); "
+            "train it again"
+        ) from wrong
     if layout.hash != record["layout_hash"]:
         raise RoutingError(
             f"artifact {record_path}: layout_hash = {record['layout_hash']}, but its layout hashes to {layout.hash}: "

@@ -20,6 +20,9 @@ class LearnedPolicy:
         self, name: str, layout: Layout, tensors: dict[str, NDArray[np.float32]], slot_s: float, variants: int = 0
     ) -> None:
         self.name, self.layout, self.slot_s = name, layout, slot_s
+        missing = [key for k in (0, 2, 4) for key in (f"{k}.weight", f"{k}.bias") if key not in tensors]
+        if missing:
+            raise RoutingError(f"{name}: the network lacks {', '.join(missing)}; train it again")
         self._layers = [(np.ascontiguousarray(tensors[f"{k}.weight"].T), tensors[f"{k}.bias"]) for k in (0, 2, 4)]
         self._variants = variants
         outputs = len(layout.variants) + variants * len(PAIRS)
@@ -79,5 +82,5 @@ def load_policy(path: Path | str, kinds: tuple[InstanceKind, ...] | None = None)
             f"artifact {where}: trained for instances of {list(layout.variants)}, "
             f"but {[k.variant for k in kinds]} exist"
         )
-    outputs = len(tensors["4.bias"]) - len(layout.variants)
+    outputs = len(tensors.get("4.bias", ())) - len(layout.variants)
     return LearnedPolicy(record["name"], layout, tensors, record["slot_s"], outputs // len(PAIRS))

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import Sequence
 from typing import cast
 
@@ -11,11 +12,11 @@ import pytest
 
 from policies.routing.contract import Action, InstanceKind, Observation, SlotPolicy, observation_of
 from protocol.board import Board
-from protocol.records import DecisionRecord, Deployment, ServiceSpec, Table
+from protocol.records import DecisionRecord, Deployment, PolicyStatus, ServiceSpec, Table
 from scheduler.config import SchedulerConfig
 from scheduler.metrics import SchedulerMetrics
 from scheduler.observe import Observer, Seen
-from scheduler.slot_loop import SlotLoop
+from scheduler.slot_loop import LOAD_AGAIN_S, SlotLoop
 from tests.fakes.virtual_time import run
 
 SPEC = ServiceSpec(variants=("heavy", "light"), requirement_ms=300.0, router="threshold")
@@ -36,14 +37,18 @@ class World:
         self.decisions: list[DecisionRecord] = []
         self.made = 0
         self.failures: dict[int, Exception] = {}
-        self.phase_changed = asyncio.Event()
+        self.happened = asyncio.Event()
+        self.asked_for_phases = False
+        self.statuses: list[tuple[float, PolicyStatus]] = []
+        self.unloadable = ""
 
     # as the observer
 
-    async def phase_change(self, service: str) -> None:
-        """Until the test says that the phase has changed."""
-        await self.phase_changed.wait()
-        self.phase_changed.clear()
+    async def event(self, service: str, *, phases: bool) -> None:
+        """Until the test says that something has happened."""
+        self.asked_for_phases = phases
+        await self.happened.wait()
+        self.happened.clear()
 
     async def observe(self, service: str, spec: ServiceSpec) -> Seen:
         """One instance of each variant."""
@@ -66,6 +71,10 @@ class World:
         self.tables.append((asyncio.get_running_loop().time(), numbered))
         return numbered
 
+    async def put_policy_status(self, service: str, status: PolicyStatus) -> None:
+        """Kept."""
+        self.statuses.append((asyncio.get_running_loop().time(), status))
+
     async def add_decision(self, record: DecisionRecord) -> None:
         """Kept."""
         self.decisions.append(record)
@@ -79,6 +88,8 @@ class World:
     def make(self, router: str, kinds: Sequence[InstanceKind], spec: ServiceSpec, slot_s: float) -> SlotPolicy | None:
         """The world itself is the policy; `deadline` needs none."""
         self.made += 1
+        if self.unloadable:
+            raise ValueError(self.unloadable)
         return None if router == "deadline" else self
 
     def slots(self, seconds: float, *, then: "dict[float, object] | None" = None) -> SlotLoop:
@@ -124,10 +135,12 @@ def test_a_policy_keeps_its_own_slot_and_its_tables_outlive_lost_ones() -> None:
     assert [table.valid_for_s for _, table in world.tables] == pytest.approx([0.3] * len(world.tables))
 
 
-def test_a_policy_that_sees_the_phase_decides_when_it_changes_and_keeps_its_slots() -> None:
+@pytest.mark.parametrize("sees_phase", [True, False])
+def test_an_event_is_decided_at_once_and_the_slots_stay(sees_phase: bool) -> None:
     world = World()
-    world.needs_phase = True
-    loop = world.slots(6.0, then={3.45: world.phase_changed.set})
+    world.needs_phase = sees_phase
+    loop = world.slots(6.0, then={3.45: world.happened.set})
+    assert world.asked_for_phases is sees_phase
     times_s = [at_s for at_s, _ in world.tables]
     assert loop.statistics().published == len(times_s)
     assert 3.45 in [pytest.approx(at_s) for at_s in times_s]
@@ -205,3 +218,32 @@ def test_no_deployment_is_no_slot() -> None:
     world = World()
     world.deployment = None
     assert world.slots(5.0).statistics().published == 0
+
+
+def test_the_policys_status_is_said_on_change_and_renewed() -> None:
+    world = World()
+    world.failures[5] = ValueError("no")
+    world.slots(20.5)
+    said = [(at_s, status.in_force, status.reason) for at_s, status in world.statuses]
+    changes = [said[0], *(b for a, b in itertools.pairwise(said) if a[1:] != b[1:])]
+    assert [one[1:] for one in changes] == [(True, ""), (False, "no"), (True, "")]
+    assert max(np.diff([at_s for at_s, *_ in said])) < 5.0, "it expires after 10 s"
+    assert all(status.policy == "threshold" for _, status in world.statuses)
+
+
+def test_a_policy_that_cannot_be_loaded_says_why_until_it_can() -> None:
+    world = World()
+    world.unloadable = "artifact x: tensor 0.bias holds NaN"
+    world.slots(20.0, then={8.0: lambda: setattr(world, "unloadable", "")})
+    assert {status.reason for at_s, status in world.statuses if at_s < 8.0} == {"artifact x: tensor 0.bias holds NaN"}
+    assert 8.0 <= world.tables[0][0] <= 8.0 + LOAD_AGAIN_S + 0.5
+    assert world.made <= 4, "a broken file is not read every slot"
+    assert world.statuses[-1][1].in_force
+
+
+def test_a_router_without_tables_has_no_status() -> None:
+    world = World()
+    spec = msgspec.structs.replace(SPEC, router="deadline")
+    world.deployment = Deployment(name="d", services={"s": spec}, workers=(), version=2)
+    world.slots(10.0)
+    assert world.statuses == []
