@@ -211,15 +211,20 @@ class ServiceRouter:
         return True
 
     def _read_table(self) -> bool:
-        """Spreads the table's weights over the present numbering; instances it does not know get none."""
+        """Spreads the table's weights over the present numbering; instances it does not know get none.
+
+        Another router's table is kept but not used: the scheduler may learn of a change before this gateway does.
+        """
         self._table_sums = []
         if self._table is None:
             return False
         weights = dict(zip(self._table.instances, self._table.weights, strict=True))
         try:
-            self._table_sums = cumulative([weights.get(target.id, 0.0) for target in self.targets])
+            sums = cumulative([weights.get(target.id, 0.0) for target in self.targets])
         except ValueError:
             return False
+        if self._table.policy == self.spec.router:
+            self._table_sums = sums
         return True
 
     # one request
@@ -290,6 +295,8 @@ class ServiceRouter:
             return said.reason
         if self._table is None:
             return "the scheduler has not sent a table yet: is one running?"
+        if self._table.policy != self.spec.router:
+            return f"the scheduler has not sent a table of {self.spec.router} yet, the last was {self._table.policy}'s"
         if not self._table_sums:
             return f"table {self._table.version} has no weight for an instance that is there"
         late_s = now_s - self._table_ends_s

@@ -2,6 +2,7 @@
 
 import random
 
+import msgspec
 import pytest
 
 from gateway.router import HOLD, REJECT, ROUTERS, ServiceRouter, Target
@@ -277,6 +278,8 @@ def test_a_router_that_is_not_in_force_says_why() -> None:
     assert told(0.0) == ("deadline", "it knows one variant only")
     router.policy = PolicyStatus(policy="learned-po", in_force=False, reason="news of the router before this one")
     assert "not sent a table" in told(0.0)[1]
+    router.set_table(msgspec.structs.replace(table({"a/light": 1.0}, version=3), policy="learned-po"), now_s=0.0)
+    assert router.substituted(0.1) == "the scheduler has not sent a table of threshold yet, the last was learned-po's"
     router.set_table(table({"a/light": 1.0}, version=4, valid_for_s=3.0), now_s=0.0)
     assert told(2.9) == ("threshold", "")
     assert told(5.0) == ("deadline", "table 4 expired 2.0 s ago and the scheduler has not sent another")
