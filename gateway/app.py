@@ -25,8 +25,8 @@ from gateway.oip_document import OIP_PATHS
 from gateway.responses import Send
 from gateway.router import ROUTERS
 from protocol.board import BOARD_ERRORS
-from protocol.deployment import check_deployment
-from protocol.records import Deployment
+from protocol.deployment import check_deployment, did_you_mean, few_of
+from protocol.records import ONE_GATEWAY_ROUTERS, Deployment, RouterChoice
 
 T = TypeVar("T")
 VERSION = "0.1.0"
@@ -52,9 +52,10 @@ class TidegateApp:
 
 
 class RouterChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Body of `PUT /admin/services/{service}/router`."""
+    """Body of `PUT /admin/services/{service}/router` and `/shadow`. Without `policy_file` the service keeps its own."""
 
     router: str
+    policy_file: str | None = None
 
 
 class DeploymentBody(Deployment, frozen=True, forbid_unknown_fields=True):
@@ -71,15 +72,15 @@ def build_api(gateway: Gateway) -> FastAPI:
 
     @api.get("/readyz", summary="Can every service be answered now?", tags=["health"])
     async def readyz() -> JSONResponse:
-        missing = gateway.fleet.missing()
-        reasons = [f"no instance of {name} is ready" + gateway.fleet.failures(name) for name in missing]
-        if gateway.fleet.deployment is None:
+        fleet = gateway.fleet
+        reasons = few_of(f"no instance of {name} is ready" + fleet.failures(name) for name in fleet.missing())
+        if fleet.deployment is None:
             reasons = ["no deployment is posted on the board"]
-            if not gateway.fleet.board_seen:
+            if not fleet.board_seen:
                 reasons = ["the board (Redis) has not been reached yet"]
         if gateway.draining:
             reasons = ["draining"]
-        told = {"ready": not reasons, "reasons": reasons, "notices": gateway.fleet.notices()}
+        told = {"ready": not reasons, "reasons": reasons, "notices": few_of(fleet.notices())}
         return JSONResponse(told, status_code=503 if reasons else 200)
 
     @api.get("/metrics", summary="Prometheus metrics", tags=["operating"], response_class=Response)
@@ -102,7 +103,7 @@ def build_api(gateway: Gateway) -> FastAPI:
         if fault := check_deployment(deployment):
             raise HTTPException(400, fault)
         for name, spec in deployment.services.items():
-            _check_router(spec.router, name)
+            await _check_router(gateway, spec.router, f"services.{name}.")
         return _json(await _reached(gateway.fleet.board.put_deployment(deployment)))
 
     @api.put(
@@ -112,19 +113,71 @@ def build_api(gateway: Gateway) -> FastAPI:
         dependencies=[Depends(_admin(gateway))],
     )
     async def change_router(service: str, request: Request) -> Response:
-        change = _decode(await _body(gateway, request), RouterChange, "change of router")
-        _check_router(change.router, service)
+        return await switch(service, _decode(await _body(gateway, request), RouterChange, "change of router"))
+
+    async def switch(service: str, change: RouterChange) -> Response:
+        await _check_router(gateway, change.router)
+        replaced = RouterChoice(router="")
 
         def changed(deployment: Deployment) -> Deployment:
+            nonlocal replaced
             if service not in deployment.services:
                 raise HTTPException(404, f"no service {service!r} is deployed")
-            spec = msgspec.structs.replace(deployment.services[service], router=change.router)
+            before = deployment.services[service]
+            replaced = RouterChoice(router=before.router, policy_file=before.policy_file)
+            file = before.policy_file if change.policy_file is None else change.policy_file
+            spec = msgspec.structs.replace(before, router=change.router, policy_file=file)
             return msgspec.structs.replace(deployment, services={**deployment.services, service: spec})
 
         deployment = await _reached(gateway.fleet.board.change_deployment(changed, gateway.fleet.deployment))
         if deployment is None:
             raise HTTPException(404, "no deployment is posted")
+        spec = deployment.services[service]
+        if replaced != RouterChoice(router=spec.router, policy_file=spec.policy_file):
+            await _reached(gateway.fleet.board.put_former(service, replaced))
         return _json(deployment)
+
+    @api.post(
+        "/admin/services/{service}/rollback",
+        summary="Take the last change of a service's router back",
+        tags=["admin"],
+        dependencies=[Depends(_admin(gateway))],
+    )
+    async def roll_back(service: str) -> Response:
+        former = await _reached(gateway.fleet.board.former(service))
+        if former is None:
+            raise HTTPException(
+                409, f"the router of {service!r} has not been changed: there is nothing to roll back to"
+            )
+        return await switch(service, RouterChange(former.router, former.policy_file))
+
+    @api.put(
+        "/admin/services/{service}/shadow",
+        summary="Let a router decide beside the real one without acting; an empty name ends that",
+        tags=["admin"],
+        dependencies=[Depends(_admin(gateway))],
+    )
+    async def put_shadow(service: str, request: Request) -> Response:
+        change = _decode(await _body(gateway, request), RouterChange, "choice of a router")
+        if service not in gateway.fleet.services:
+            raise HTTPException(404, f"no service {service!r} is deployed")
+        if change.router:
+            await _check_router(gateway, change.router)
+        choice = RouterChoice(router=change.router, policy_file=change.policy_file or "")
+        await _reached(gateway.fleet.board.put_shadow_choice(service, choice))
+        return _json(choice)
+
+    @api.get(
+        "/admin/services/{service}/shadow",
+        summary="How the router that looks on would have done, beside the one that acts",
+        tags=["admin"],
+        dependencies=[Depends(_admin(gateway))],
+    )
+    async def read_shadow(service: str) -> Response:
+        record = await _reached(gateway.fleet.board.shadow(service))
+        if record is None:
+            raise HTTPException(404, f"no router looks on at {service!r}, or its first slot is not over yet")
+        return _json(record)
 
     @api.exception_handler(AnyHTTPException)
     async def as_error(request: Request, error: AnyHTTPException) -> JSONResponse:
@@ -162,9 +215,15 @@ def _admin(gateway: Gateway) -> Any:
     return check
 
 
-def _check_router(router: str, service: str) -> None:
+async def _check_router(gateway: Gateway, router: str, where: str = "") -> None:
     if router not in ROUTERS:
-        raise HTTPException(400, f"router = {router!r} of {service}: must be one of {', '.join(ROUTERS)}")
+        meant = did_you_mean(router, ROUTERS)
+        raise HTTPException(400, f"{where}router = {router!r}: must be one of {', '.join(ROUTERS)}{meant}")
+    if router in ONE_GATEWAY_ROUTERS:
+        others = len(set(await _reached(gateway.fleet.board.gateways())) - {gateway.fleet.id})
+        if others:
+            remedy = "end the others (gateway.processes = 1), or choose another router"
+            raise HTTPException(409, f"{where}router = {router!r} needs one gateway, {others + 1} are there: {remedy}")
 
 
 async def _body(gateway: Gateway, request: Request) -> bytes:

@@ -8,6 +8,7 @@ away, or comes back empty, it goes on with what it last knew.
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -17,10 +18,18 @@ import msgspec
 
 from gateway.router import ServiceRouter
 from protocol.board import BOARD_ERRORS, Board
+from protocol.deployment import few_of
 from protocol.frames import Kind
 from protocol.link import LinkClosed
 from protocol.peer import Peer
-from protocol.records import Deployment, InstanceRecord, InstanceState, Table, WorkerStatus
+from protocol.records import (
+    ONE_GATEWAY_ROUTERS,
+    Deployment,
+    InstanceRecord,
+    InstanceState,
+    Table,
+    WorkerStatus,
+)
 
 log = logging.getLogger("gateway.fleet")
 
@@ -39,9 +48,11 @@ class Fleet:
 
     def __init__(self, board: Board, on_change: Callable[[], None]) -> None:
         self.board = board
+        self.id = secrets.token_hex(4)
         self.deployment: Deployment | None = None
         self.services: dict[str, ServiceRouter] = {}
         self.peers: dict[str, Peer] = {}
+        self.gateways = 1  # counted only while a service has a router that needs to be alone
         self.board_seen = False
         self._looked = False
         self._on_change = on_change
@@ -70,6 +81,8 @@ class Fleet:
         for task in tasks:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+        with contextlib.suppress(*BOARD_ERRORS):
+            await self.board.remove_gateway(self.id)
 
     async def settle(self, patience_s: float) -> None:
         """Returns once everything that the board knows has been seen and reached, at the latest after `patience_s`.
@@ -97,6 +110,10 @@ class Fleet:
                 if not view.ready:
                     said.append(f"{view.id} of {name} is not ready: {view.reason}")
             said += [f"{one} of {name} is not ready: no worker has registered it" for one in absent]
+            if self.gateways > 1 and router.spec.router in ONE_GATEWAY_ROUTERS:
+                said.append(
+                    f"{name} has {self.gateways} queues: {router.spec.router} needs one gateway, end the others"
+                )
             if statistics.reason:
                 said.append(
                     f"{name} is routed by {statistics.routing_by}, not {router.spec.router}: {statistics.reason}"
@@ -106,7 +123,7 @@ class Fleet:
     def failures(self, service: str) -> str:
         """Why instances of the service failed to load, as an appendix to a sentence; empty if none did."""
         records = [target.record for target in self.services[service].targets]
-        failed = [f"{one.id} failed: {one.reason}" for one in records if one.reason]
+        failed = few_of(f"{one.id} failed: {one.reason}" for one in records if one.reason)
         return f" ({'; '.join(failed)})" if failed else ""
 
     def report_phase(self, service: str, phase: bytes) -> None:
@@ -125,6 +142,7 @@ class Fleet:
     # from the board
 
     async def _read_all(self) -> None:
+        await self.board.post_gateway(self.id)
         await self._read_deployment()
         await self._read_instances()
         await self._read_policies()
@@ -136,6 +154,7 @@ class Fleet:
         while True:
             await asyncio.sleep(READ_AGAIN_S)
             with contextlib.suppress(*BOARD_ERRORS):
+                await self.board.post_gateway(self.id)
                 await self._read_deployment()
                 await self._read_instances()
                 await self._read_policies()
@@ -184,11 +203,13 @@ class Fleet:
         self._spread()
 
     async def _read_policies(self) -> None:
-        """What the scheduler says of the policies that should set tables."""
+        """What the scheduler says of the policies that should set tables; and how many gateways would share a queue."""
         routers = {name: router for name, router in self.services.items() if router.uses_tables}
         statuses = await self.board.policy_statuses(list(routers)) if routers else {}
         for name, router in routers.items():
             router.policy = statuses.get(name)
+        held = [router for router in self.services.values() if router.spec.router in ONE_GATEWAY_ROUTERS]
+        self.gateways = len(await self.board.gateways()) if held else 1
 
     # links
 

@@ -26,6 +26,7 @@ from gateway.oip_repository import index, set_loaded
 from gateway.oip_tensors import invalid
 from gateway.presence import presence_of
 from gateway.responses import Send, send_refusal
+from protocol.deployment import few_of
 from protocol.outcomes import Outcome
 
 PREFIX: Final = "/v2"
@@ -125,7 +126,7 @@ class OpenInference:
                 model = find_model(services, name)
                 if model is not None:
                     return model
-                known = ", ".join(one.name for one in all_models(services))
+                known = ", ".join(few_of(one.name for one in all_models(services)))
                 reason = f"unknown model {name[:80]!r}: there are {known or 'none'}"
             case ["versions", version]:
                 reason = f"model {name[:80]!r} has no version {version[:40]!r}: it has {VERSION!r}"

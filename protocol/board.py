@@ -1,9 +1,9 @@
 """The board: slow control state in Redis, always spoken to through redis-py.
 
-Keys: ``instance:{id}`` (expire), ``deployment``, ``table:{service}``, ``policy_status:{service}`` (expires),
-``version:{service}``, ``decisions`` (bounded stream), ``lease:scheduler``. Channels: ``news`` (``instances`` or
-``deployment`` changed: read again) and ``table:{service}`` (the table itself). Readers subscribe first, then read, so
-that nothing falls between.
+Keys: ``instance:{id}`` and ``gateway:{id}`` (expire), ``deployment``, ``table:{service}``, ``policy_status:{service}``
+(expires), ``version:{service}``, ``decisions`` (bounded stream), ``lease:scheduler``. Channels: ``news`` (``instances``
+or ``deployment`` changed: read again) and ``table:{service}`` (the table itself). Readers subscribe first, then read,
+so that nothing falls between.
 
 Losing the board must not lose a request: every method raises one of `BOARD_ERRORS` when Redis is away, and the loops
 that call them go on with what they last knew. `follow` is the one place that reconnects.
@@ -114,6 +114,24 @@ class Board:
         values = await self._redis.mget(keys) if keys else []
         records = [_decode(value, InstanceRecord) for value in values]
         return [record for record in records if record is not None]
+
+    # gateways, which only have to know how many they are
+
+    @_cancellable
+    async def post_gateway(self, id: str) -> None:
+        """Says that this gateway process is there (renewed every second, gone 3 s after its last word)."""
+        await self._redis.set(f"gateway:{id}", b"", px=int(INSTANCE_EXPIRES_S * 1000))
+
+    @_cancellable
+    async def remove_gateway(self, id: str) -> None:
+        """An orderly end."""
+        await self._redis.delete(f"gateway:{id}")
+
+    @_cancellable
+    async def gateways(self) -> list[str]:
+        """The gateway processes that are there, sorted by id."""
+        keys = [key async for key in self._redis.scan_iter(match="gateway:*", count=1000)]
+        return sorted(key.decode().partition(":")[2] for key in keys)
 
     # the desired state (written by operators, read by workers and gateways)
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 import msgspec
 
-from protocol.records import Deployment, InstanceSpec, ServiceSpec, WorkerSpec
+from protocol.records import ONE_GATEWAY_ROUTERS, Deployment, InstanceSpec, ServiceSpec, WorkerSpec
 
 T = TypeVar("T")
 DEVICES = ("cpu", "cuda", "tensorrt")
@@ -98,6 +98,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def few_of(names: Iterable[str], most: int = 10) -> list[str]:
+    """The first of names that may be many, and how many more there are: what an error can show."""
+    listed = list(names)
+    return listed if len(listed) <= most else [*listed[:most], f"and {len(listed) - most:,} more"]
+
+
 def check_deployment(deployment: Deployment) -> str:
     """Empty if the parts fit together, else what is wrong: the key, its value and what would be right."""
     if not deployment.services:
@@ -121,6 +127,8 @@ def check_deployment(deployment: Deployment) -> str:
             return f"{where}.max_body_bytes = {spec.max_body_bytes}: must be from 1 to {64 << 20}"
         if not 1 <= spec.top_k <= 100:
             return f"{where}.top_k = {spec.top_k}: must be from 1 to 100"
+    if fault := _check_places(deployment):
+        return fault
     seen: set[str] = set()
     for worker in deployment.workers:
         where = f"workers {worker.name!r}"
@@ -149,6 +157,25 @@ def check_deployment(deployment: Deployment) -> str:
     return ""
 
 
+def _check_places(deployment: Deployment) -> str:
+    """Every service has an instance somewhere, and every variant belongs to one service."""
+    owner: dict[str, str] = {}
+    for name, spec in deployment.services.items():
+        for variant in spec.variants:
+            other = owner.setdefault(variant, name)
+            if other != name:
+                return (
+                    f"services.{name}.variants: {variant!r} is in services.{other}.variants too, and an instance serves"
+                    " one service: leave it to one of them, or give it a second catalog entry under another name"
+                )
+    placed = {instance.variant for worker in deployment.workers for instance in worker.instances}
+    for name, spec in deployment.services.items():
+        if placed.isdisjoint(spec.variants):
+            remedy = f"give a worker an instance, as instances = [{{ variant = {spec.variants[-1]!r} }}]"
+            return f"services.{name}.variants = {list(spec.variants)}: none of them is on a worker: {remedy}"
+    return ""
+
+
 def _unused(name: str, deployment: Deployment) -> str:
     taken = {worker.name for worker in deployment.workers}
     return next(f"{name}-{number}" for number in range(2, len(taken) + 3) if f"{name}-{number}" not in taken)
@@ -157,7 +184,7 @@ def _unused(name: str, deployment: Deployment) -> str:
 def _check_settings(file: DeploymentFile) -> str:
     if not 0 < file.gateway.port < 65_536:
         return f"gateway.port = {file.gateway.port}: must be from 1 to 65535"
-    held = [name for name, spec in file.services.items() if spec.router.startswith("single-queue")]
+    held = [name for name, spec in file.services.items() if spec.router in ONE_GATEWAY_ROUTERS]
     if held and file.gateway.processes > 1:
         return f"gateway.processes = {file.gateway.processes}: the single queue of {held[0]} needs one gateway process"
     if not 1 <= file.gateway.processes <= 64:

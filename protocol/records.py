@@ -128,6 +128,10 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     classes: int = 0
 
 
+ONE_GATEWAY_ROUTERS: Final = frozenset({"single-queue", "single-queue-random"})
+"""Routers that keep waiting requests in the gateway: with several gateways there would be several "single" queues."""
+
+
 class ServiceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A service as the operator states it. `variants` run from the heaviest to the lightest.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 
 import msgspec
 
-from protocol.deployment import check_deployment
+from protocol.deployment import check_deployment, few_of
 from protocol.outcomes import Attempt
 from protocol.records import Deployment, InstanceSpec, ServiceSpec
 from workers.host import Host
@@ -110,7 +110,7 @@ class Reconciler:
             return
         wanted = wanted_on(deployment, self._worker)
         if wanted is None:
-            names = ", ".join(spec.name for spec in deployment.workers) or "none"
+            names = ", ".join(few_of(spec.name for spec in deployment.workers)) or "none"
             log.warning(
                 f"deployment {deployment.name!r} has no worker {self._worker!r} (it has: {names}); waiting for one"
             )

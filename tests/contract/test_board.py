@@ -100,6 +100,26 @@ def test_registrations_expire(board_url: str, monkeypatch: pytest.MonkeyPatch) -
     run(board_url, scenario)
 
 
+def test_gateways_are_counted_while_they_live(board_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An orderly end counts at once, another one when its word has expired."""
+
+    async def scenario(board: Board) -> None:
+        assert await board.gateways() == []
+        await board.post_gateway("b")
+        await board.post_gateway("a")
+        assert await board.gateways() == ["a", "b"]
+        await board.remove_gateway("b")
+        monkeypatch.setattr(board_module, "INSTANCE_EXPIRES_S", 0.05)
+        await board.post_gateway("a")
+
+        async def alone() -> bool:
+            return await board.gateways() == []
+
+        await come(alone)
+
+    run(board_url, scenario)
+
+
 def test_deployment_versions_only_grow(board_url: str) -> None:
     """Each post gets the next version, also when the board has forgotten all and the poster has not."""
 

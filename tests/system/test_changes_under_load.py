@@ -206,10 +206,18 @@ def test_a_bad_deployment_is_refused_and_changes_nothing(system: RunningSystem) 
                 ({**good, "services": {"imagenet": {**spec, "percentile": 98}}}, "percentile = 98"),
                 ({**good, "services": {"imagenet": {**spec, "requirement_ms": "soon"}}}, "requirement_ms"),
                 ({**good, "services": {'qu"ote': spec}}, 'qu"ote'),
+                (
+                    {**good, "services": {"imagenet": spec, "more": {**spec, "variants": ["x"]}}},
+                    "services.more.variants",
+                ),
+                ({**good, "services": {"imagenet": spec, "more": spec}}, "services.imagenet.variants too"),
+                ({**good, "services": {f"s{n}": {**spec, "variants": [f"v{n}"]} for n in range(3_000)}}, "services.s0"),
             ):
                 async with session.put(url, json=bad) as response:
                     assert response.status == 400, await response.text()
-                    assert named in (await response.json())["error"]
+                    error = (await response.json())["error"]
+                    assert named in error
+                    assert len(error) < 500
             async with session.get(url) as response:
                 assert await response.json() == good
 

@@ -170,6 +170,26 @@ def test_readiness_means_it(system: RunningSystem) -> None:
     asyncio.run(run())
 
 
+def test_a_single_queue_is_refused_where_two_gateways_share_the_port(system: RunningSystem) -> None:
+    async def run() -> None:
+        async with client() as session:
+            async with session.get(f"{system.url}/admin/deployment") as response:
+                posted = await response.json()
+            wanted = {**posted, "services": {**posted["services"]}}
+            wanted["services"]["digits"] = {**posted["services"]["digits"], "router": "single-queue-random"}
+            for path, body in (
+                ("/admin/deployment", wanted),
+                ("/admin/services/digits/router", {"router": "single-queue-random"}),
+            ):
+                async with session.put(f"{system.url}{path}", json=body) as response:
+                    assert response.status == 409
+                    error = (await response.json())["error"]
+                assert "router = 'single-queue-random' needs one gateway, 2 are there" in error
+            assert (await system.state(session))["services"]["digits"]["router"] == "deadline"
+
+    asyncio.run(run())
+
+
 def test_liveness_and_errors_of_other_paths_are_json(system: RunningSystem) -> None:
     async def run() -> None:
         async with client() as session:

@@ -34,6 +34,7 @@ class FakeBoard:
         self.posted: Deployment | None = Deployment(name="d", services={"s": spec}, workers=(), version=1)
         self.records: list[InstanceRecord] = []
         self.policies: dict[str, PolicyStatus] = {}
+        self.known_gateways: set[str] = set()
         self.away = False
         self._on_news: Callable[[str, bytes], Awaitable[None]] | None = None
 
@@ -46,6 +47,20 @@ class FakeBoard:
         """As on the board."""
         self._reach()
         return self.records
+
+    async def post_gateway(self, id: str) -> None:
+        """As on the board."""
+        self._reach()
+        self.known_gateways.add(id)
+
+    async def remove_gateway(self, id: str) -> None:
+        """As on the board."""
+        self.known_gateways.discard(id)
+
+    async def gateways(self) -> list[str]:
+        """As on the board."""
+        self._reach()
+        return sorted(self.known_gateways)
 
     async def table(self, service: str) -> Table | None:
         """None."""
@@ -248,5 +263,21 @@ def test_what_is_not_as_wanted_is_told_with_its_reason(tmp_path: Path, monkeypat
         board.policies = {}
         await until(lambda: "not sent a table" in fleet.notices()[-1])
         await worker.stop()
+
+    run(body)
+
+
+def test_a_single_queue_that_several_gateways_hold_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.fleet.READ_AGAIN_S", 0.01)
+
+    async def body(fleet: Fleet, board: FakeBoard) -> None:
+        spec = ServiceSpec(variants=("light",), requirement_ms=300.0, router="single-queue")
+        await fleet.settle(5.0)
+        board.posted = Deployment(name="d", services={"s": spec}, workers=(), version=2)
+        await board.news(b"deployment")
+        await until(lambda: board.known_gateways == {fleet.id})
+        assert fleet.notices() == []
+        board.known_gateways.add("another")
+        await until(lambda: fleet.notices() == ["s has 2 queues: single-queue needs one gateway, end the others"])
 
     run(body)

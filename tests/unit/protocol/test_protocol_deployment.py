@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from protocol.deployment import DeploymentError, check_deployment, read_deployment
+from protocol.deployment import DeploymentError, check_deployment, few_of, read_deployment
 
 GOOD = """
 name = "x"
@@ -103,6 +103,43 @@ def test_two_workers_of_one_name_are_refused(tmp_path: Path) -> None:
     twice = GOOD.replace("[gateway]", f'[[workers]]\nname = "a"\n{WORKER}\n[gateway]')
     message = read(tmp_path, twice)
     assert all(part in message for part in ("workers 'a'", "two [[workers]] have this name", "'a-2'")), message
+
+
+OTHER = """
+[services.letters]
+variants = ["a", "b"]
+requirement_ms = 250
+"""
+
+
+def test_a_service_that_is_on_no_worker_is_refused(tmp_path: Path) -> None:
+    message = read(tmp_path, GOOD.replace("[[workers]]", f"{OTHER}[[workers]]", 1))
+    assert message.startswith("services.letters.variants = ['a', 'b']: none of them is on a worker")
+    assert "{ variant = 'b' }" in message, "the remedy"
+    placed = GOOD.replace("[[workers]]", f"{OTHER}[[workers]]", 1).replace('"heavy" }', '"heavy" }, { variant = "a" }')
+    (tmp_path / "x.toml").write_text(placed)
+    assert read_deployment(tmp_path / "x.toml").services.keys() == {"digits", "letters"}
+
+
+def test_a_variant_of_two_services_is_refused(tmp_path: Path) -> None:
+    """An instance serves one service: the other would never be ready."""
+    twice = GOOD.replace("[[workers]]", f"{OTHER.replace('b', 'light')}[[workers]]", 1)
+    message = read(tmp_path, twice)
+    assert message.startswith("services.letters.variants: 'light' is in services.digits.variants too")
+
+
+@pytest.mark.parametrize("router", ["single-queue", "single-queue-random"])
+def test_a_single_queue_needs_one_gateway(tmp_path: Path, router: str) -> None:
+    text = GOOD.replace("requirement_ms = 250", f"requirement_ms = 250\nrouter = '{router}'")
+    (tmp_path / "x.toml").write_text(text)
+    assert read_deployment(tmp_path / "x.toml").services["digits"].router == router
+    assert "gateway.processes = 2" in read(tmp_path, f"{text}processes = 2\n")
+
+
+def test_a_list_in_an_error_is_short() -> None:
+    assert few_of([]) == []
+    assert few_of("abc", most=3) == ["a", "b", "c"]
+    assert few_of((f"s{number}" for number in range(20_000)), most=2) == ["s0", "s1", "and 19,998 more"]
 
 
 def test_a_file_that_is_not_there_or_not_text_is_said_so(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_instances_live_as_the_deployment_says(bench: Bench, eventually: Any, tm
         assert light.runtime is None
         assert light.queue.arrive(Entry(0.0, 1.0), 0.0, 0.0, 0.0) is Attempt.UNAVAILABLE
 
-        reconciler.follow(deployment(name="somebody-else", version=5))
+        reconciler.follow(deployment(NULL, name="somebody-else", version=5))
         await settled(set())
         reconciler.follow(deployment(NULL, version=6))
         await settled({"w/null"})
