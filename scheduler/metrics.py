@@ -20,12 +20,6 @@ class SchedulerMetrics:
             buckets=_BUCKETS_S,
             registry=self.registry,
         )
-        self.slot_start = Gauge(
-            "tidegate_slot_start_timestamp_seconds",
-            "When the latest slot that got a table started (Unix time).",
-            ["service"],
-            registry=self.registry,
-        )
         self.would_be = Gauge(
             "tidegate_shadow_ratio",
             "Goodput and violations of the shadowed router, of the active one in the same model, and as observed.",

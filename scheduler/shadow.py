@@ -20,6 +20,7 @@ from protocol.records import RouterChoice, ServiceSpec, ShadowRecord, WouldBe
 from scheduler.config import SchedulerConfig
 from scheduler.metrics import SchedulerMetrics
 from scheduler.observe import Observer, Seen
+from scheduler.slots import slot_start_s
 
 log = logging.getLogger("scheduler.shadow")
 
@@ -148,6 +149,8 @@ class ShadowLoop:
 
     async def _watch(self, choice: RouterChoice, spec: ServiceSpec) -> None:
         loop = asyncio.get_running_loop()
+        boundary_s = slot_start_s(loop.time(), self._config.slot_s)  # slots as the router that acts has them
+        await asyncio.sleep(boundary_s - loop.time())
         seen = await self._observer.observe(self.service, spec)
         if not seen.instances:
             raise ValueError(f"no instance of {self.service} is known")
@@ -156,9 +159,9 @@ class ShadowLoop:
         understudies = [Understudy(one, spec, seen, self._make_policy, self._config.slot_s) for one in (choice, active)]
         step_s = min(one.slot_s for one in understudies)
         due_s = [one.slot_s for one in understudies]
-        observed, slots, time_s, boundary_s = Observed(seen), 0, 0.0, loop.time()
+        observed, slots, time_s = Observed(seen), 0, 0.0
         while self._choice() == choice and self._spec() == spec and self._leading():
-            boundary_s = max(boundary_s + step_s, loop.time())
+            boundary_s = slot_start_s(max(boundary_s, loop.time()), step_s)
             await asyncio.sleep(boundary_s - loop.time())
             seen = await self._observer.observe(self.service, spec)
             if seen.instances != instances:

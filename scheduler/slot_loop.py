@@ -1,9 +1,9 @@
 """One slot: observe, act, publish, record; for every service whose router sets tables. Start reading here.
 
-The loop of a service runs on its policy's own slot length, on boundaries that do not drift; it also decides at once
-when an instance comes or goes and, for a policy that sees it, when the phase changes. Only the holder of the lease
-publishes. A slot that goes wrong (no status, no table, no board) costs that slot: gateways keep the last table until
-it expires, then route by `deadline`, and are told why.
+The loop of a service runs on its policy's own slot length, on boundaries that do not drift (`slots.py`). It also
+decides at once when an instance comes or goes and, for a policy that sees it, when the phase changes. Only the holder
+of the lease publishes. A slot that goes wrong (no status, no table, no board) costs that slot: gateways keep the last
+table until it expires, then route by `deadline`, and are told why.
 """
 
 import asyncio
@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import socket
-import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -27,6 +26,7 @@ from scheduler.metrics import SchedulerMetrics
 from scheduler.observe import Observer, Seen
 from scheduler.publish import UnusableAction, table_from
 from scheduler.shadow import ShadowLoop
+from scheduler.slots import slot_start_s
 
 log = logging.getLogger("scheduler.slot_loop")
 
@@ -123,7 +123,7 @@ class SlotLoop:
         loop = asyncio.get_running_loop()
         self._slot += 1
         slot_s = self._policy.slot_s if self._policy is not None else min(self._config.slot_s, IDLE_S)
-        next_s = max(self._boundary_s + slot_s, loop.time())
+        next_s = slot_start_s(max(self._boundary_s, loop.time()), slot_s)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(next_s):
                 phases = self._policy is not None and self._policy.needs_phase
@@ -146,7 +146,6 @@ class SlotLoop:
         valid_for_s = policy.slot_s * self._config.tables_live_slots
         table = await self._board.put_table(table_from(self.service, policy.name, seen, action, valid_for_s))
         taken_s = asyncio.get_running_loop().time() - boundary_s
-        self._metrics.slot_start.labels(self.service).set(time.time() - taken_s)
         self._published += 1
         self._metrics.slots.labels(self.service, "published").inc()
         self._metrics.decide_seconds.labels(self.service).observe(taken_s)

@@ -2,7 +2,7 @@
 
 import typer
 
-from tidegate import routing_scoring, routing_training
+from tidegate import routing_live, routing_scoring, routing_training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -16,3 +16,6 @@ app.command("robustness")(routing_scoring.robustness)
 app.command("train")(routing_training.train)
 app.command("learn")(routing_training.learn)
 app.command("advise")(routing_training.advise)
+app.command("use")(routing_live.use)
+app.command("shadow")(routing_live.shadow)
+app.command("rollback")(routing_live.rollback)

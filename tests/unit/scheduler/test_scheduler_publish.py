@@ -7,6 +7,7 @@ from policies.routing.contract import Action, InstanceKind, observation_of
 from scheduler.config import ConfigError, SchedulerConfig
 from scheduler.observe import Seen
 from scheduler.publish import UnusableAction, table_from
+from scheduler.slots import slot_start_s
 
 RANK = {"heavy": 0, "light": 1}
 
@@ -62,3 +63,11 @@ def test_a_bad_setting_is_named_with_its_value(bad: dict[str, object]) -> None:
         SchedulerConfig(**{"board_url": "redis://x", **bad})  # type: ignore[arg-type]
     assert key in str(caught.value)
     assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("after_s", "slot_s", "start_s"),
+    [(0.0, 1.0, 1.0), (0.2, 1.0, 1.0), (1.0, 1.0, 2.0), (0.9998, 1.0, 2.0), (7.31, 0.1, 7.4), (7.4, 0.1, 7.5)],
+)
+def test_slots_start_at_whole_multiples(after_s: float, slot_s: float, start_s: float) -> None:
+    assert slot_start_s(after_s, slot_s) == pytest.approx(start_s)
