@@ -70,7 +70,7 @@ class GuidedTrainer:
         """Train to the end (or the time limit) and write the artifact `actors`; returns the best actors."""
         settings, step = self.settings, 0
         if resume:
-            step, saved = run.load_checkpoint()
+            step, saved = run.load_checkpoint(self.rng)
             self._restore(saved)
         run.open(step)
         held_out = draw_slots(self.network, settings.load(), settings.evaluation_slots, np.random.default_rng(10_000))
@@ -80,7 +80,7 @@ class GuidedTrainer:
             run.report(step, {**figures, "temperature": settings.temperature_at(run.share(step))})
             if figures["reward"] > best:
                 best, best_actors = figures["reward"], self._snapshot()
-            run.save_checkpoint(step, self._state())
+            run.save_checkpoint(step, self._state(), self.rng)
             if step >= settings.steps or run.out_of_time():
                 break
             target = min(step + settings.evaluate_every, settings.steps)

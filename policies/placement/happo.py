@@ -5,7 +5,9 @@ Each agent's clipped PPO step weighs the advantage by the probability ratios of 
 
 Choices that the papers leave open: a rollout of `rollout` slots from the 20 environments per iteration, `EPOCHS`
 passes of `MINIBATCHES` minibatches per agent, clip 0.2, entropy weight 0.01, advantages normalised over the rollout,
-discount 0 as for HISPER (a slot's actions do not change the next slot), so an advantage is reward minus value.
+values learned in units of the first rollout's returns. Discount 0 as for HISPER (a slot's actions do not change the
+next slot), so an advantage is reward minus value; with a discount, episodes of the rollout's length per environment
+and generalised advantages (`gae`), as HAPPO is usually run.
 """
 
 from pathlib import Path
@@ -26,15 +28,15 @@ from policies.placement.networks import (
     critic_state,
     critic_values,
 )
-from policies.placement.observation import Layout, bandwidth_features, observe_all
+from policies.placement.observation import Layout, bandwidth_features, critic_requests, node_features, observe_all
 from policies.placement.training import (
     Run,
     Settings,
     action_masks,
     actor_shape,
     artifact_of,
-    critic_nodes,
-    critic_requests,
+    optimiser_state,
+    restore_optimiser,
     save_artifact,
     score,
 )
@@ -44,7 +46,7 @@ EPOCHS, MINIBATCHES, CLIP, ENTROPY, MAX_GRADIENT = 5, 2, 0.2, 0.01, 10.0
 
 
 class HappoLearner:
-    """HAPPO's networks and updates; `settings.minibatch` x 4 slots are played per iteration."""
+    """HAPPO's networks and updates; about `settings.minibatch` x 4 slots are played per iteration."""
 
     def __init__(self, settings: Settings) -> None:
         """Build everything; nothing is written or drawn from global state."""
@@ -52,7 +54,9 @@ class HappoLearner:
         self.layout = Layout(settings.layout, self.network.nodes, len(self.network.tables))
         self.shape = actor_shape(settings, self.network)
         self.services: IntArray = np.repeat(np.arange(len(self.network.tables)), settings.per_service)
-        self.agents, self.rollout = len(self.services), 4 * settings.minibatch
+        self.agents = len(self.services)
+        self.rollout = max(1, 4 * settings.minibatch // settings.environments) * settings.environments
+        self.center, self.scale = torch.zeros(1), torch.zeros(1)  # set by the first rollout
         self.links = torch.as_tensor(bandwidth_features(self.network), dtype=torch.float32).reshape(1, 1, -1)
         nodes, tokens = self.network.nodes, len(self.network.tables)
         self.critic_shape = CriticShape(self.agents, nodes + 2 + tokens, nodes, self.links.numel(), (), heads=1)
@@ -74,11 +78,8 @@ class HappoLearner:
         """Train to the end (or the time limit); writes the artifact `actors` and returns the last actors."""
         settings, step = self.settings, 0
         if resume:
-            step, saved = run.load_checkpoint()
-            with torch.no_grad():
-                for prefix, tensors in (("actor", self.actors), ("critic", self.critic)):
-                    for name, tensor in tensors.items():
-                        tensor.copy_(saved[f"{prefix}.{name}"])
+            step, saved = run.load_checkpoint(self.rng)
+            self._restore(saved)
         run.open(step)
         held_out = draw_slots(self.network, settings.load(), settings.evaluation_slots, np.random.default_rng(10_000))
         reported = -1
@@ -88,9 +89,8 @@ class HappoLearner:
                 reported = step // settings.evaluate_every
                 figures = score(self.network, self._policy(), held_out)
                 run.report(step, figures)
-                state = {f"actor.{k}": v for k, v in self.actors.items()}
-                run.save_checkpoint(step, state | {f"critic.{k}": v for k, v in self.critic.items()})
-            if done:
+                run.save_checkpoint(step, self._state(), self.rng)
+            if done or run.out_of_time():
                 break
             self.iterate()
             step += self.rollout
@@ -109,10 +109,10 @@ class HappoLearner:
             old_log = self._log_prob(old, taken)  # (U, B)
         placements = torch.cat(taken, dim=2).transpose(0, 1).numpy()
         reward = torch.as_tensor(self.network.evaluate(slots, placements).reward, dtype=torch.float32)
-        requests = torch.as_tensor(critic_requests(slots, self.network), dtype=torch.float32)
-        nodes = torch.as_tensor(critic_nodes(slots), dtype=torch.float32)
+        requests = torch.as_tensor(critic_requests(self.network, slots), dtype=torch.float32)
+        nodes = torch.as_tensor(node_features(slots), dtype=torch.float32)
         with torch.no_grad():
-            advantage = reward - self._values(requests, nodes)
+            advantage, returns = self._advantages(reward, self._values(requests, nodes))
         weight = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         for n in self.rng.permutation(self.agents):
             self._update_actor(int(n), observation[n : n + 1], [a[n : n + 1] for a in taken], old_log[n], weight)
@@ -122,11 +122,26 @@ class HappoLearner:
                 weight = weight * (self._log_prob(fresh, [a[n : n + 1] for a in taken])[0] - old_log[n]).exp()
         for _ in range(EPOCHS):
             for rows in torch.randperm(self.rollout, generator=self.noise).chunk(MINIBATCHES):
-                loss = ((self._values(requests[rows], nodes[rows]) - reward[rows]) ** 2).mean()
+                error = self._values(requests[rows], nodes[rows]) - returns[rows]
+                loss = ((error / self.scale) ** 2).mean()
                 self.critic_optimiser.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(list(self.critic.values()), MAX_GRADIENT)
                 self.critic_optimiser.step()
+
+    def _advantages(self, reward: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Generalised advantages and the returns that the value network learns, (B,); slots stand by environment."""
+        discount, decay = self.settings.discount, self.settings.discount * self.settings.gae
+        rewards, known = (x.reshape(self.settings.environments, -1) for x in (reward, values))
+        advantages = torch.zeros_like(rewards)
+        follow, carried = torch.zeros(len(rewards)), torch.zeros(len(rewards))
+        for t in range(rewards.shape[1] - 1, -1, -1):
+            carried = rewards[:, t] + discount * follow - known[:, t] + decay * carried
+            advantages[:, t], follow = carried, known[:, t]
+        returns = (advantages + known).flatten()
+        if not self.scale:
+            self.center, self.scale = returns.mean().reshape(1), returns.std().reshape(1).clamp_min(1e-6)
+        return advantages.flatten(), returns
 
     def _update_actor(self, n: int, seen: Tensor, taken: list[Tensor], old_log: Tensor, weight: Tensor) -> None:
         for _ in range(EPOCHS):
@@ -148,10 +163,31 @@ class HappoLearner:
 
     def _values(self, requests: Tensor, nodes: Tensor) -> Tensor:
         state = critic_state(self.critic_shape, self.critic, requests, nodes, self.links)
-        return critic_values(self.critic_shape, self.critic, state, None)[0, :, 0]
+        return critic_values(self.critic_shape, self.critic, state, None)[0, :, 0] * self.scale + self.center
 
     def _masks(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         return cast(tuple[Tensor, Tensor, Tensor], tuple(m[n : n + 1] for m in self.masks))
+
+    def _state(self) -> Parameters:
+        """Networks, optimisers, units, noise: a resumed run goes on exactly."""
+        tensors = {f"actor.{k}": v for k, v in self.actors.items()} | {f"critic.{k}": v for k, v in self.critic.items()}
+        for name, optimiser, leaves in self._optimisers():
+            tensors |= optimiser_state(name, optimiser, leaves)
+        return tensors | {"noise": self.noise.get_state(), "center": self.center, "scale": self.scale}
+
+    def _restore(self, saved: Parameters) -> None:
+        with torch.no_grad():
+            for prefix, tensors in (("actor", self.actors), ("critic", self.critic)):
+                for name, tensor in tensors.items():
+                    tensor.copy_(saved[f"{prefix}.{name}"])
+        for name, optimiser, leaves in self._optimisers():
+            restore_optimiser(name, optimiser, leaves, saved)
+        self.noise.set_state(saved["noise"])
+        self.center, self.scale = saved["center"], saved["scale"]
+
+    def _optimisers(self) -> list[tuple[str, torch.optim.Optimizer, Parameters]]:
+        actors = [(f"agent{n}", o, self.leaves[n]) for n, o in enumerate(self.actor_optimisers)]
+        return [*actors, ("critic", self.critic_optimiser, self.critic)]
 
     def _policy(self) -> LearnedPolicy:
         artifact = artifact_of(self.settings, self.network, self.shape, self.actors)

@@ -11,6 +11,8 @@ Readings that the paper leaves open:
 - Eq. 34's tau multiplies the old target.
 - The discount is 0 by default (see `training.Settings`); then the targets are the sub-rewards and no next action is
   needed. Any discount in [0, 1) works.
+- Critics learn every head in units of its own spread over the prefill (`normalise`); actors see the figures scaled
+  back, so that alpha means what it means in Eq. 23.
 - Acting while training samples; evaluation takes the likeliest sub-actions (`sampled` draws them instead).
 """
 
@@ -35,19 +37,20 @@ from policies.placement.networks import (
     critic_values,
     straight_through,
 )
-from policies.placement.observation import Layout, bandwidth_features
+from policies.placement.observation import Layout, bandwidth_features, critic_requests, node_features
+from policies.placement.replay import Batch, Replay
 from policies.placement.rules import Convention, Heuristic, RandomRule
 from policies.placement.training import (
-    Replay,
     Run,
     Settings,
     action_masks,
     actor_shape,
     artifact_of,
-    critic_nodes,
-    critic_requests,
+    optimiser_state,
+    restore_optimiser,
     save_artifact,
     score,
+    set_learning_rate,
 )
 from policies.placement.workload import draw_slots
 
@@ -90,81 +93,95 @@ class SoftLearner:
         self.masks = cast(tuple[Tensor, Tensor, Tensor], action_masks(self.network, self.services, self.device))
         self.noise = torch.Generator(device=self.device).manual_seed(settings.seed + 1)
         self.rng = np.random.default_rng([settings.seed, 1])
-        self.replay = Replay(settings.buffer, self.agents, nodes + 2 + tokens, nodes, self.device)
+        self.replay = Replay(settings.buffer, self.services, nodes, self.device)
+        self.center, self.scale = torch.zeros(heads, device=self.device), torch.ones(heads, device=self.device)
         self.updates = 0
 
     def run(self, run: Run, resume: bool = False) -> Parameters:
         """Algorithm 1 to the end (or the time limit); writes the artifact `actors` and returns the last actors."""
         settings, step = self.settings, 0
         if resume:
-            step, saved = run.load_checkpoint()
+            step, saved = run.load_checkpoint(self.rng)
             self._restore(saved)
         run.open(step)
-        self._prefill()
+        if not resume:
+            self.prefill()
+            for _ in range(settings.warmup if settings.prefill else 0):
+                self.update(settings.alpha, actors=False)
         held_out = draw_slots(self.network, settings.load(), settings.evaluation_slots, np.random.default_rng(10_000))
-        loss, began = 0.0, run.elapsed_s()
+        loss, began, first = 0.0, run.elapsed_s(), self.updates
         while True:
             figures = score(self.network, self._policy(), held_out)
-            spent, done = max(run.elapsed_s() - began, 1e-9), self.updates
+            spent, done = max(run.elapsed_s() - began, 1e-9), self.updates - first
             speed = {"updates_per_s": done / spent, "samples_per_s": done * settings.minibatch / spent}
             run.report(step, {**figures, "critic_loss": loss, "alpha": settings.alpha_at(run.share(step)), **speed})
-            run.save_checkpoint(step, self._state())
             if step >= settings.steps or run.out_of_time():
                 break
+            if step % settings.checkpoint_every == 0:
+                run.save_checkpoint(step, self._state(), self.rng)
             target = min(step + settings.evaluate_every, settings.steps)
             while step < target and not run.out_of_time():
                 before = step // settings.interval
                 self.collect(settings.environments)
                 step += settings.environments
                 for _ in range(step // settings.interval - before):
-                    loss = self.update(settings.alpha_at(run.share(step)))
+                    share = run.share(step)
+                    self.set_rates(settings.lr_factor(share))
+                    actors = self.updates % settings.actor_every == 0
+                    loss = self.update(settings.alpha_at(share), actors)
+        run.save_checkpoint(step, self._state(), self.rng)
         record = {"steps": step, "updates": self.updates, "processor_s": run.elapsed_s(), **figures}
         save_artifact(run.folder / "actors", settings, self.shape, self.actors, record)
         return self.actors
 
+    def set_rates(self, factor: float) -> None:
+        """Set both learning rates to a share of the settings'."""
+        for optimiser in self.actor_optimisers:
+            set_learning_rate(optimiser, factor * self.settings.actor_lr)
+        set_learning_rate(self.critic_optimiser, factor * self.settings.critic_lr)
+
     def collect(self, count: int) -> None:
         """Play one slot in each of `count` environments with sampled actions (Lines 5 to 12)."""
         slots = draw_slots(self.network, self.settings.load(), count, self.rng)
-        requests, nodes = critic_requests(slots, self.network), critic_nodes(slots)
         observation = self._observation(
-            torch.as_tensor(requests, dtype=torch.float32, device=self.device),
-            torch.as_tensor(nodes, dtype=torch.float32, device=self.device),
+            torch.as_tensor(critic_requests(self.network, slots), dtype=torch.float32, device=self.device),
+            torch.as_tensor(node_features(slots), dtype=torch.float32, device=self.device),
         )
         with torch.no_grad():
             log_probs = actor_log_probs(self.shape, self.actors, observation, self.masks)
             picked = [straight_through(p, self.noise).argmax(dim=2).T for p in log_probs]
         self._remember(slots, torch.stack(picked, dim=2).cpu().numpy())
 
-    def update(self, alpha: float) -> float:
+    def update(self, alpha: float, actors: bool = True) -> float:
         """One update of critics, actors in random order, and targets (Lines 13 to 20); returns the critic loss."""
-        settings, replay = self.settings, self.replay
-        rows = torch.as_tensor(self.rng.integers(replay.filled, size=settings.minibatch), device=self.device)
-        requests, nodes = replay.requests[rows], replay.nodes[rows]
-        rewards = replay.rewards[rows]
-        if not settings.hra:
-            rewards = rewards.sum(dim=1, keepdim=True)
+        settings = self.settings
+        batch = self._draw()
+        rewards = batch.rewards if settings.hra else batch.rewards.sum(dim=1, keepdim=True)
         if settings.discount > 0:
             rewards = rewards + settings.discount * self._next_values(alpha)
-        state = critic_state(self.critic_shape, self.critics, requests, nodes, self.links)
-        taken = self._one_hot(replay.actions[rows])
-        values = critic_values(self.critic_shape, self.critics, state, taken)  # (2, B, heads)
-        loss = ((values - rewards) ** 2).sum(dim=2).mean(dim=1).sum()  # Eq. 32
+        with self._low_precision():
+            state = critic_state(self.critic_shape, self.critics, batch.requests, batch.nodes, self.links)
+            values = critic_values(self.critic_shape, self.critics, state, self._one_hot(batch.actions))
+        loss = ((values.float() - (rewards - self.center) / self.scale) ** 2).sum(dim=2).mean(dim=1).sum()  # Eq. 32
         self.critic_optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.critic_optimiser.step()
-        self._update_actors(requests, nodes, alpha)
+        if actors:
+            self._update_actors(batch, alpha)
         with torch.no_grad():  # Eq. 34
             for name, target in self.targets.items():
                 target.mul_(settings.tau).add_(self.critics[name], alpha=1.0 - settings.tau)
         self.updates += 1
         return float(loss.detach())
 
-    def _update_actors(self, requests: Tensor, nodes: Tensor, alpha: float) -> None:
+    def _update_actors(self, batch: Batch, alpha: float) -> None:
         """Eq. 33 for every agent in random order; later agents see the new actions of earlier ones."""
-        observation = self._observation(requests, nodes)
-        frozen = {k: v.detach() for k, v in self.critics.items()}
+        observation = self._observation(batch.requests, batch.nodes)
+        exact = torch.float32 if not self.settings.bfloat16 else torch.bfloat16
+        frozen = {k: v.detach().to(exact) for k, v in self.critics.items()}
         with torch.no_grad():
-            state = critic_state(self.critic_shape, frozen, requests, nodes, self.links)
+            parts = [part.to(exact) for part in (batch.requests, batch.nodes, self.links)]
+            state = critic_state(self.critic_shape, frozen, *parts)
             log_probs = actor_log_probs(self.shape, self.actors, observation, self.masks)
             joint = torch.cat([straight_through(p, self.noise) for p in log_probs], dim=2).transpose(0, 1).contiguous()
         for n in self.rng.permutation(self.agents):
@@ -175,9 +192,8 @@ class SoftLearner:
             log_prob = torch.stack([(a * p).sum(dim=2) for a, p in zip(actions, found, strict=True)]).sum(dim=0)[0]
             mixed = joint.clone()
             mixed[:, n] = torch.cat(actions, dim=2)[0]
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.settings.bfloat16):
-                values = critic_values(self.critic_shape, frozen, state, mixed).float()
-            loss = (alpha * log_prob - values.min(dim=0).values.sum(dim=1)).mean()
+            values = critic_values(self.critic_shape, frozen, state, mixed.to(exact)).float()
+            loss = (alpha * log_prob - (values.min(dim=0).values * self.scale).sum(dim=1)).mean()
             self.actor_optimisers[n].zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.actor_optimisers[n].step()
@@ -187,16 +203,23 @@ class SoftLearner:
 
     def _next_values(self, alpha: float) -> Tensor:
         """V of Eq. 31 at the next slot, (B, heads): slots are independent, so any stored slot is a next one."""
-        rows = torch.as_tensor(self.rng.integers(self.replay.filled, size=self.settings.minibatch), device=self.device)
-        requests, nodes = self.replay.requests[rows], self.replay.nodes[rows]
+        batch = self._draw()
         with torch.no_grad():
-            found = actor_log_probs(self.shape, self.actors, self._observation(requests, nodes), self.masks)
+            observation = self._observation(batch.requests, batch.nodes)
+            found = actor_log_probs(self.shape, self.actors, observation, self.masks)
             actions = [straight_through(p, self.noise) for p in found]
             log_prob = sum((a * p).sum(dim=2).sum(dim=0) for a, p in zip(actions, found, strict=True))
-            state = critic_state(self.critic_shape, self.targets, requests, nodes, self.links)
+            state = critic_state(self.critic_shape, self.targets, batch.requests, batch.nodes, self.links)
             joint = torch.cat(actions, dim=2).transpose(0, 1)
             values = critic_values(self.critic_shape, self.targets, state, joint).min(dim=0).values
-        return values - alpha * cast(Tensor, log_prob)[:, None]
+        return values * self.scale + self.center - alpha * cast(Tensor, log_prob)[:, None]
+
+    def _draw(self) -> Batch:
+        rows = self.rng.integers(self.replay.filled, size=self.settings.minibatch)
+        return self.replay.take(torch.as_tensor(rows, device=self.device))
+
+    def _low_precision(self) -> torch.autocast:
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.settings.bfloat16)
 
     def _observation(self, requests: Tensor, nodes: Tensor) -> Tensor:
         """(U, B, size): the agents' observations (layout `paper`) from the buffer's compact features."""
@@ -211,12 +234,10 @@ class SoftLearner:
         return torch.cat(parts, dim=2).float()
 
     def _remember(self, slots: Slots, placements: IntArray) -> None:
-        outcome = self.network.evaluate(slots, placements)
-        requests, nodes = critic_requests(slots, self.network), critic_nodes(slots)
-        self.replay.add(requests, nodes, np.maximum(placements, 0), outcome.reward_parts)
+        self.replay.add(slots, placements, self.network.evaluate(slots, placements).reward_parts)
 
-    def _prefill(self) -> None:
-        """Fill the buffer before training (9e4 slots in the paper) with a rule's placements."""
+    def prefill(self) -> None:
+        """Fill the buffer before training (9e4 slots in the paper) with a rule's placements; find the units."""
         settings, network = self.settings, self.network
         rules: dict[str, PlacementPolicy] = {"random": RandomRule(network)}
         if settings.prefill_rule in ("convention", "mixed"):
@@ -230,22 +251,24 @@ class SoftLearner:
             count = min(1000, settings.prefill - first)
             slots = draw_slots(network, settings.load(), count, self.rng)
             self._remember(slots, rules[names[first // 1000 % len(names)]].decide(slots, self.rng))
+        if settings.normalise and self.replay.filled > 1:
+            rewards = self.replay.rewards[: self.replay.filled]
+            rewards = rewards if settings.hra else rewards.sum(dim=1, keepdim=True)
+            self.center, self.scale = rewards.mean(dim=0), rewards.std(dim=0).clamp_min(1e-6)
 
     def _policy(self) -> LearnedPolicy:
         artifact = artifact_of(self.settings, self.network, self.shape, self.actors)
         return LearnedPolicy(self.settings.algorithm, self.network, artifact, sequential=False)
 
     def _state(self) -> Parameters:
-        """Networks and optimisers (the buffer is filled anew on resuming)."""
+        """Networks, optimisers, buffer, noise: a resumed run goes on exactly."""
         tensors = {f"actor.{k}": v for k, v in self.actors.items()}
         tensors |= {f"critic.{k}": v for k, v in self.critics.items()}
         tensors |= {f"target.{k}": v for k, v in self.targets.items()}
         for name, optimiser, leaves in self._optimisers():
-            for key, leaf in leaves.items():
-                for figure, value in optimiser.state.get(leaf, {}).items():
-                    tensors[f"{name}|{key}|{figure}"] = value
-        tensors["updates"] = torch.tensor(self.updates)
-        return tensors
+            tensors |= optimiser_state(name, optimiser, leaves)
+        tensors |= {"noise": self.noise.get_state(), "center": self.center, "scale": self.scale}
+        return tensors | self.replay.state() | {"updates": torch.tensor(self.updates)}
 
     def _restore(self, saved: Parameters) -> None:
         with torch.no_grad():
@@ -253,12 +276,10 @@ class SoftLearner:
                 for name, tensor in tensors.items():
                     tensor.copy_(saved[f"{prefix}.{name}"])
         for name, optimiser, leaves in self._optimisers():
-            for key, leaf in leaves.items():
-                found = {k.split("|")[2]: v for k, v in saved.items() if k.startswith(f"{name}|{key}|")}
-                if found:
-                    optimiser.state[leaf] = {
-                        k: v.clone().to(leaf.device if k != "step" else "cpu") for k, v in found.items()
-                    }
+            restore_optimiser(name, optimiser, leaves, saved)
+        self.noise.set_state(saved["noise"])
+        self.center, self.scale = saved["center"].to(self.device), saved["scale"].to(self.device)
+        self.replay.restore(saved)
         self.updates = int(saved["updates"])
 
     def _optimisers(self) -> list[tuple[str, torch.optim.Optimizer, Parameters]]:

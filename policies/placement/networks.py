@@ -5,7 +5,8 @@ twin of the actor, used when serving, is in `actors.py`; a test holds the two to
 
 Choices that the paper leaves open: ReLU after embeddings and hidden layers; an LSTM state of 32; uniform
 initialisation within 1/sqrt(inputs); the three LSTM cells pass their hidden and cell state on, and each gets the
-hidden layer's output joined with the previous sub-action's distribution, zero-padded to the largest sub-action.
+hidden layer's output joined with the previous sub-action's distribution, zero-padded to the largest sub-action. The
+critic embeds a request together with its service token and its agent's action.
 """
 
 import itertools
@@ -109,14 +110,11 @@ def critic_parameters(shape: CriticShape, count: int, rng: torch.Generator) -> P
     """Fresh parameters of `count` stacked critics (2: the twins)."""
     parameters: Parameters = {}
     embed, width = shape.embedding, shape.embedding * (shape.requests + 2 + bool(shape.links))
-    _linear(parameters, "request", count, shape.request, embed, rng)
+    _linear(parameters, "request", count, shape.request + sum(shape.actions), embed, rng)
     _linear(parameters, "work", count, shape.nodes, embed, rng)
     _linear(parameters, "memory", count, shape.nodes, embed, rng)
     if shape.links:
         _linear(parameters, "links", count, shape.links, embed, rng)
-    if shape.actions:
-        _linear(parameters, "action", count, sum(shape.actions), embed, rng)
-        width += embed * shape.requests
     for h, size in enumerate(shape.hidden):
         _linear(parameters, f"hidden{h}", count, width, size, rng)
         width = size
@@ -124,36 +122,38 @@ def critic_parameters(shape: CriticShape, count: int, rng: torch.Generator) -> P
     return parameters
 
 
-def critic_state(shape: CriticShape, parameters: Parameters, requests: Tensor, nodes: Tensor, links: Tensor) -> Tensor:
-    """The first hidden layer's input from the state alone: its product with the weights, (n, B, hidden).
+def critic_state(
+    shape: CriticShape, parameters: Parameters, requests: Tensor, nodes: Tensor, links: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What the state alone gives: the requests' embeddings before activation (n, B, U, embedding), and the first
+    hidden layer before activation without the requests (n, B, hidden).
 
     requests (B, U, request) with the service token; nodes (B, 2K): workload and memory; links (L,). Splitting the
-    first layer lets the eight sequential updates of one minibatch share this part.
+    first layers lets the eight sequential updates of one minibatch share this part.
     """
     count, rows = parameters["out.weight"].shape[0], len(requests)
     flat = requests.reshape(1, -1, shape.request).expand(count, -1, -1)
-    parts = [torch.relu(apply(parameters, "request", flat)).reshape(count, rows, -1)]
+    mine = torch.baddbmm(parameters["request.bias"], flat, parameters["request.weight"][:, : shape.request])
     work, memory = nodes.unsqueeze(0).expand(count, -1, -1).chunk(2, dim=2)
-    parts.append(torch.relu(apply(parameters, "work", work)))
-    parts.append(torch.relu(apply(parameters, "memory", memory)))
+    parts = [torch.relu(apply(parameters, "work", work)), torch.relu(apply(parameters, "memory", memory))]
     if shape.links:
         link = torch.relu(apply(parameters, "links", links.expand(count, 1, -1)))
         parts.append(link.expand(-1, rows, -1))
-    inputs = torch.cat(parts, dim=2)
-    weight = parameters["hidden0.weight"][:, : inputs.shape[2]]
-    return torch.baddbmm(parameters["hidden0.bias"], inputs, weight)
+    weight = parameters["hidden0.weight"][:, shape.requests * shape.embedding :]
+    rest = torch.baddbmm(parameters["hidden0.bias"], torch.cat(parts, dim=2), weight)
+    return mine.reshape(count, rows, shape.requests, shape.embedding), rest
 
 
-def critic_values(shape: CriticShape, parameters: Parameters, state: Tensor, actions: Tensor | None) -> Tensor:
+def critic_values(
+    shape: CriticShape, parameters: Parameters, state: tuple[Tensor, Tensor], actions: Tensor | None
+) -> Tensor:
     """Q-values (n, B, heads) from `critic_state`'s result and one-hot actions (B, U, sum of sub-actions)."""
-    features = state
+    mine, rest = state
     if actions is not None:
-        count, rows = state.shape[:2]
-        flat = actions.reshape(1, -1, actions.shape[2]).expand(count, -1, -1)
-        embedded = torch.relu(apply(parameters, "action", flat)).reshape(count, rows, -1)
-        weight = parameters["hidden0.weight"][:, -embedded.shape[2] :]
-        features = torch.baddbmm(features, embedded, weight)
-    features = torch.relu(features)
+        flat = actions.reshape(1, -1, actions.shape[2]).expand(len(rest), -1, -1)
+        mine = mine + (flat @ parameters["request.weight"][:, shape.request :]).reshape(mine.shape)
+    embedded = torch.relu(mine).flatten(2)
+    features = torch.relu(torch.baddbmm(rest, embedded, parameters["hidden0.weight"][:, : embedded.shape[2]]))
     for h in range(1, len(shape.hidden)):
         features = torch.relu(apply(parameters, f"hidden{h}", features))
     return apply(parameters, "out", features)

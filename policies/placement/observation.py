@@ -101,3 +101,15 @@ def observe_all(network: EdgeNetwork, layout: Layout, slots: Slots) -> FloatArra
     """(U, E, size): what every agent sees before anything is placed (agents that cannot see each other)."""
     state = network.start(slots)
     return np.stack([observe(network, layout, state, slots, u) for u in range(slots.requests)])
+
+
+def critic_requests(network: EdgeNetwork, slots: Slots) -> FloatArray:
+    """(E, U, K + 2 + S): every request's features with its service token, for critics."""
+    features = np.stack([request_features(slots, u, network.nodes) for u in range(slots.requests)], axis=1)
+    token = slots.service[..., None] == np.arange(len(network.tables))
+    return np.concatenate([features, token], axis=2)
+
+
+def node_features(slots: Slots) -> FloatArray:
+    """(E, 2K): system workload and memory in use, for critics."""
+    return np.concatenate([slots.system_tflop / WORK_TFLOP, slots.memory_used_mb / MEMORY_MB], axis=1)

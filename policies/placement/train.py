@@ -27,16 +27,17 @@ _BLIND = replace(
     minibatch=256,
     steps=600_000,
 )
+_HAPPO = Settings(algorithm="happo", hra=False, autoregressive=False, minibatch=500, actor_lr=5e-4)
 # Every preset that the results page uses, by name. `paper` ones follow Section VI-B (alpha 2 at 8 agents, 2.5 at 10).
 PRESETS: dict[str, Settings] = {
     "hisper-paper": Settings(),
     "hisper-paper-10": Settings(per_service=5, alpha=2.5, alpha_end=2.5),
     "hasac": hasac_settings(Settings()),
     "hasac-10": hasac_settings(Settings(per_service=5, alpha=2.5, alpha_end=2.5)),
-    "happo": Settings(algorithm="happo", hra=False, autoregressive=False, minibatch=500, actor_lr=5e-4),
-    "happo-10": Settings(
-        algorithm="happo", hra=False, autoregressive=False, minibatch=500, actor_lr=5e-4, per_service=5
-    ),
+    "happo": _HAPPO,
+    "happo-10": replace(_HAPPO, per_service=5),
+    "happo-discounted": replace(_HAPPO, discount=0.99),
+    "happo-discounted-10": replace(_HAPPO, discount=0.99, per_service=5),
     "hisper-no-hra": Settings(hra=False),
     "hisper-no-autoregression": Settings(autoregressive=False),
     # The temperature falls so that agents end up predictable to each other; see the results page.

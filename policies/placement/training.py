@@ -1,4 +1,4 @@
-"""What the placement trainers share: settings, replay buffer, progress, checkpoints and artifacts.
+"""What the placement trainers share: settings, progress, checkpoints and artifacts.
 
 Needs only numpy, torch and safetensors (TensorBoard if it is installed), so that a bare training machine can run it.
 """
@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from policies.placement.actors import Artifact
-from policies.placement.contract import ABSENT, FloatArray, IntArray, PlacementPolicy, Slots
+from policies.placement.contract import ABSENT, IntArray, PlacementPolicy, Slots
 from policies.placement.edge_network import EdgeNetwork
 from policies.placement.graph import named_graph
 from policies.placement.networks import ActorShape, Parameters
@@ -30,10 +31,13 @@ class Settings:
     """Everything that decides a training run. Defaults are the preset `paper` at 8 agents.
 
     From Section VI-B: layers, learning rates, 20 environments, prefill, total steps, evaluation every 2,000 steps.
-    Left open by the paper and chosen here: minibatch 128; one update per 40 environment steps (two rounds of the 20
-    environments); discount 0 (nothing done in a slot changes the next one, so any discount only adds the same
-    amount to every Q-value, with noise); the share of old target kept, tau 0.995; buffer 2.8e5 slots, which fills
-    at the step that the paper names; random actions for the prefill.
+    Left open by the paper and chosen here: minibatch 128; one critic update per 40 environment steps (two rounds of
+    the 20 environments), with an actor update at every second one; 1,000 critic updates on the prefill before the
+    first step; discount 0 (nothing done in a slot changes the next one, so any discount only adds the same amount to
+    every Q-value, with noise); the share of old target kept, tau 0.995; buffer 2.8e5 slots, which fills at the step
+    that the paper names; random actions for the prefill; critics that learn each sub-reward in units of its standard
+    deviation over the prefill (unscaled, the penalties drown delay and cost, whose heads then stay worse than their
+    means); learning rates that fall linearly to a twentieth.
     """
 
     algorithm: str = "hisper"
@@ -49,9 +53,14 @@ class Settings:
     actor_lr: float = 2e-4
     critic_lr: float = 5e-4
     discount: float = 0.0
+    gae: float = 0.95  # HAPPO's lambda; means nothing without a discount
     tau: float = 0.995
     minibatch: int = 128
     interval: int = 40
+    actor_every: int = 2  # critic updates per actor update
+    warmup: int = 1_000  # critic updates before the first step
+    normalise: bool = True
+    lr_end: float = 0.05  # what is left of the learning rates at the end
     environments: int = 20
     prefill: int = 90_000
     prefill_rule: str = "random"
@@ -59,6 +68,7 @@ class Settings:
     steps: int = 600_000
     evaluate_every: int = 2_000
     evaluation_slots: int = 1_000
+    checkpoint_every: int = 20_000
     limit_s: float = 0.0  # processor seconds; 0: no limit
     # How the actors decide (see `actors.py`) and, for `guided.py`, train.
     masked: bool = False  # drop actions that the formulas rule out for the agent's own request
@@ -68,13 +78,14 @@ class Settings:
     start: str = ""  # `convention`: guided actors begin as that rule
     temperature: float = 0.1  # of the guided softmax while training, at the start
     temperature_end: float = 0.01  # and at the end (geometric)
-    bfloat16: bool = True  # the critics' passes inside actor updates: five times faster where the CPU has it
+    bfloat16: bool = True  # the critics' passes: up to five times faster where the CPU has it
     seed: int = 0
     device: str = "cpu"
 
     def __post_init__(self) -> None:
         """Refuse figures that cannot train."""
-        for key in ("per_service", "minibatch", "interval", "environments", "buffer", "steps", "evaluate_every"):
+        counts = ("per_service", "minibatch", "interval", "actor_every", "environments", "buffer", "steps")
+        for key in (*counts, "evaluate_every", "checkpoint_every"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} is {getattr(self, key)}; it must be at least 1")
         for key in ("alpha", "alpha_end", "actor_lr", "critic_lr"):
@@ -91,6 +102,10 @@ class Settings:
     def alpha_at(self, share: float) -> float:
         """The entropy temperature: geometric from alpha to alpha_end over the run."""
         return float(self.alpha * (self.alpha_end / self.alpha) ** share)
+
+    def lr_factor(self, share: float) -> float:
+        """What is left of the learning rates: linear over the run."""
+        return 1.0 - share * (1.0 - self.lr_end)
 
     def temperature_at(self, share: float) -> float:
         """The guided softmax's temperature: geometric over the run."""
@@ -119,47 +134,6 @@ def action_masks(network: EdgeNetwork, services: IntArray, device: str) -> tuple
     return tuple(torch.where(torch.as_tensor(m)[:, None], 0.0, -1e9).to(device) for m in masks)
 
 
-class Replay:
-    """The last `size` slots with their joint actions and sub-rewards, as compact features."""
-
-    def __init__(self, size: int, requests: int, request_size: int, nodes: int, device: str) -> None:
-        """Reserve the memory on the device."""
-        self.size, self.filled, self.next = size, 0, 0
-        self.requests = torch.zeros(size, requests, request_size, device=device)
-        self.nodes = torch.zeros(size, 2 * nodes, device=device)
-        self.actions = torch.zeros(size, requests, 3, dtype=torch.int64, device=device)
-        self.rewards = torch.zeros(size, 3, device=device)
-
-    def add(self, requests: FloatArray, nodes: FloatArray, actions: IntArray, rewards: FloatArray) -> None:
-        """Append E slots; the oldest are overwritten."""
-        rows = (self.next + np.arange(len(requests))) % self.size
-        for store, array in (
-            (self.requests, requests),
-            (self.nodes, nodes),
-            (self.actions, actions),
-            (self.rewards, rewards),
-        ):
-            store[rows] = torch.as_tensor(array, dtype=store.dtype).to(store.device)
-        self.next = int((self.next + len(requests)) % self.size)
-        self.filled = min(self.size, self.filled + len(requests))
-
-
-def critic_requests(slots: Slots, network: EdgeNetwork) -> FloatArray:
-    """(E, U, K + 2 + S): every request's features with its service token."""
-    from policies.placement.observation import request_features
-
-    features = np.stack([request_features(slots, u, network.nodes) for u in range(slots.requests)], axis=1)
-    token = slots.service[..., None] == np.arange(len(network.tables))
-    return np.concatenate([features, token], axis=2)
-
-
-def critic_nodes(slots: Slots) -> FloatArray:
-    """(E, 2K): system workload and memory in use, normalised."""
-    from policies.placement.observation import MEMORY_MB, WORK_TFLOP
-
-    return np.concatenate([slots.system_tflop / WORK_TFLOP, slots.memory_used_mb / MEMORY_MB], axis=1)
-
-
 class Run:
     """One run's folder: progress on stderr, curve.jsonl, TensorBoard events, checkpoint and artifact."""
 
@@ -167,6 +141,7 @@ class Run:
         """Name the folder; `open` makes it."""
         self.settings, self.folder = settings, folder
         self.started, self.began, self.first_step = 0.0, 0.0, 0
+        self.before_s = 0.0  # processor seconds before this process, in a resumed run
         self.writer: Any = None
 
     def open(self, step: int) -> None:
@@ -182,8 +157,8 @@ class Run:
             print("tensorboard is not installed: no event files (curve.jsonl holds the same figures)", file=sys.stderr)
 
     def elapsed_s(self) -> float:
-        """Processor seconds since `open`: a busy machine or a stopped process does not cut a run short."""
-        return time.process_time() - self.started
+        """Processor seconds of the run so far: a busy machine or a stopped process does not cut a run short."""
+        return self.before_s + time.process_time() - self.started
 
     def share(self, step: int) -> float:
         """How much of the run is over, 0 to 1."""
@@ -196,7 +171,7 @@ class Run:
     def report(self, step: int, figures: Mapping[str, float]) -> None:
         """Log one evaluation: a line with the time left, a row of the curve, TensorBoard scalars."""
         elapsed = self.elapsed_s()
-        speed = (step - self.first_step) / max(elapsed, 1e-9)
+        speed = (step - self.first_step) / max(elapsed - self.before_s, 1e-9)
         left = (self.settings.steps - step) / max(speed, 1e-9)
         if self.settings.limit_s > 0:
             left = min(left, self.settings.limit_s - elapsed)
@@ -216,19 +191,25 @@ class Run:
                 self.writer.add_scalar(key, value, step)
             self.writer.flush()
 
-    def save_checkpoint(self, step: int, tensors: Parameters) -> None:
+    def save_checkpoint(self, step: int, tensors: Parameters, rng: np.random.Generator) -> None:
         """Write everything that resuming needs; an interrupted write leaves the old checkpoint in place."""
         fresh = self.folder / "checkpoint.new"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, fresh, {"step": str(step)})
+        figures = {"step": step, "elapsed_s": self.elapsed_s(), "rng": rng.bit_generator.state}
+        kept = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(kept, fresh, {"run": json.dumps(figures)})
         fresh.replace(self.folder / "checkpoint.safetensors")
-        (self.folder / "step.json").write_text(json.dumps({"step": step}))
 
-    def load_checkpoint(self) -> tuple[int, Parameters]:
-        """The step and tensors of the last checkpoint. Raises FileNotFoundError if there is none."""
+    def load_checkpoint(self, rng: np.random.Generator) -> tuple[int, Parameters]:
+        """The step and tensors of the last checkpoint; sets `rng`. Raises FileNotFoundError if there is none."""
         path = self.folder / "checkpoint.safetensors"
         if not path.exists():
             raise FileNotFoundError(f"{path}: nothing to resume; start without --resume")
-        return int(json.loads((self.folder / "step.json").read_text())["step"]), load_file(path)
+        with safe_open(path, "pt") as file:
+            figures = json.loads(file.metadata()["run"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        rng.bit_generator.state = figures["rng"]
+        self.before_s = float(figures["elapsed_s"])
+        return int(figures["step"]), tensors
 
 
 def save_artifact(
@@ -291,3 +272,26 @@ def with_overrides(settings: Settings, overrides: Mapping[str, str]) -> Settings
         except ValueError as error:
             raise ValueError(f"setting {key} is {text!r}; it must be of type {kind.__name__}") from error
     return replace(settings, **values)
+
+
+def optimiser_state(name: str, optimiser: torch.optim.Optimizer, leaves: Parameters) -> Parameters:
+    """An optimiser's figures as tensors for a checkpoint, by leaf."""
+    return {
+        f"{name}|{key}|{figure}": value
+        for key, leaf in leaves.items()
+        for figure, value in optimiser.state.get(leaf, {}).items()
+    }
+
+
+def restore_optimiser(name: str, optimiser: torch.optim.Optimizer, leaves: Parameters, saved: Parameters) -> None:
+    """Take over what `optimiser_state` gave."""
+    for key, leaf in leaves.items():
+        found = {k.split("|")[2]: v for k, v in saved.items() if k.startswith(f"{name}|{key}|")}
+        if found:
+            optimiser.state[leaf] = {k: v.clone().to(leaf.device if k != "step" else "cpu") for k, v in found.items()}
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, rate: float) -> None:
+    """One rate for all of an optimiser's parameters."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate

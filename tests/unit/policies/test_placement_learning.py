@@ -1,6 +1,7 @@
 """The learners: networks and their numpy twin, true action values, targets, updates, resuming."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from policies.placement.happo import HappoLearner
 from policies.placement.hasac import hasac_settings
 from policies.placement.hisper import SoftLearner
 from policies.placement.networks import actor_log_probs, actor_parameters, critic_state, critic_values, straight_through
-from policies.placement.observation import Layout, observe, observe_all
-from policies.placement.rules import Convention, Heuristic, Sequential
+from policies.placement.observation import Layout, critic_requests, node_features, observe, observe_all
+from policies.placement.replay import Replay
+from policies.placement.rules import Convention, Heuristic, RandomRule, Sequential
 from policies.placement.tables import shipped_tables
 from policies.placement.train import PRESETS, preset, train
 from policies.placement.training import Run, Settings, action_masks, actor_shape, artifact_of, with_overrides
@@ -27,7 +29,9 @@ from policies.placement.workload import Load, draw_slots
 
 torch.set_num_threads(1)
 NETWORK = EdgeNetwork(eua16(), shipped_tables())
-SMALL = Settings(per_service=2, minibatch=32, prefill=100, buffer=400, steps=40, evaluate_every=40, evaluation_slots=10)
+SMALL = Settings(
+    per_service=2, minibatch=32, prefill=100, warmup=2, buffer=400, steps=40, evaluate_every=40, evaluation_slots=10
+)  # fmt: skip
 GUIDED = Settings(
     algorithm="guided", layout="derived", guide=0.1, per_service=2, minibatch=16, steps=64, evaluate_every=32,
     evaluation_slots=10,
@@ -142,7 +146,8 @@ def test_targets_follow_equation_31() -> None:
     got = learner._next_values(alpha=2.0)
     learner.noise.manual_seed(5)
     rows = torch.as_tensor(np.random.default_rng(5).integers(learner.replay.filled, size=32))
-    requests, nodes = learner.replay.requests[rows], learner.replay.nodes[rows]
+    batch = learner.replay.take(rows)
+    requests, nodes = batch.requests, batch.nodes
     found = actor_log_probs(learner.shape, learner.actors, learner._observation(requests, nodes), learner.masks)
     one_hot = torch.cat([straight_through(p, learner.noise) for p in found], dim=2)
     entropy = torch.zeros(32)
@@ -241,32 +246,94 @@ def test_runs_write_artifacts_that_load_and_decide(settings: Settings, tmp_path:
         policy.decide(draw_slots(NETWORK, Load(per_service=3), 1, np.random.default_rng(0)), np.random.default_rng(0))
 
 
-def test_resuming_goes_on_where_the_run_stopped(tmp_path: Path) -> None:
-    whole = GuidedTrainer(GUIDED)
-    whole.run(Run(GUIDED, tmp_path / "whole"))
-    first = GuidedTrainer(replace(GUIDED, steps=32))
-    first.run(Run(replace(GUIDED, steps=32), tmp_path / "parts"))
-    second = GuidedTrainer(GUIDED)
-    second.run(Run(GUIDED, tmp_path / "parts"), resume=True)
+class StoppedRun(Run):
+    """A run that is out of time once a given step was evaluated, as if its process had been told to stop."""
+
+    def __init__(self, settings: Settings, folder: Path, stop_at: int) -> None:
+        super().__init__(settings, folder)
+        self.stop_at, self.seen = stop_at, -1
+
+    def report(self, step: int, figures: Mapping[str, float]) -> None:
+        super().report(step, figures)
+        self.seen = step
+
+    def out_of_time(self) -> bool:
+        return self.seen >= self.stop_at
+
+
+@pytest.mark.parametrize(
+    ("learner", "settings"),
+    [
+        (GuidedTrainer, GUIDED),
+        (SoftLearner, replace(SMALL, steps=160, evaluate_every=80, discount=0.5, alpha_end=0.5)),
+        (HappoLearner, replace(SMALL, algorithm="happo", minibatch=10, steps=160, evaluate_every=80, discount=0.9)),
+    ],
+)
+def test_a_resumed_run_ends_exactly_as_one_that_never_stopped(
+    learner: type[GuidedTrainer] | type[SoftLearner] | type[HappoLearner], settings: Settings, tmp_path: Path
+) -> None:
+    whole = learner(settings).run(Run(settings, tmp_path / "whole"))
+    half = settings.steps // 2
+    learner(settings).run(StoppedRun(settings, tmp_path / "parts", half))
+    parts = learner(settings).run(Run(settings, tmp_path / "parts"), resume=True)
+    for name, tensor in whole.items():
+        np.testing.assert_array_equal(tensor.detach().numpy(), parts[name].detach().numpy(), err_msg=name)
     rows = [json.loads(line) for line in (tmp_path / "parts" / "curve.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [0, 32, 32, 64]
-    assert rows[1]["reward"] == rows[2]["reward"]
+    assert [row["step"] for row in rows] == [0, half, half, settings.steps]
+    assert rows[2]["processor_s"] > rows[1]["processor_s"]  # a time limit goes on where it was
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
-        GuidedTrainer(GUIDED).run(Run(GUIDED, tmp_path / "none"), resume=True)
+        learner(settings).run(Run(settings, tmp_path / "none"), resume=True)
 
 
-def test_soft_checkpoints_hold_networks_and_optimisers(tmp_path: Path) -> None:
-    learner = SoftLearner(SMALL)
-    learner.collect(64)
-    learner.update(2.0)
-    run = Run(SMALL, tmp_path)
-    run.save_checkpoint(40, learner._state())
-    step, saved = run.load_checkpoint()
-    other = SoftLearner(replace(SMALL, seed=3))
-    other._restore(saved)
-    assert (step, other.updates) == (40, 1)
-    for name, tensor in learner._state().items():
-        np.testing.assert_array_equal(tensor.detach().numpy(), other._state()[name].detach().numpy())
+def test_critics_learn_small_sub_rewards_beside_penalties_only_when_scaled() -> None:
+    """Unscaled, the penalties of Eq. 20 drown the delay head: it stays worse than predicting the mean."""
+    explained = {}
+    for normalise in (True, False):
+        learner = SoftLearner(replace(SMALL, prefill=2000, buffer=2000, minibatch=128, normalise=normalise))
+        learner.prefill()
+        for _ in range(100):
+            learner.update(2.0, actors=False)
+        batch = learner.replay.take(torch.arange(2000))
+        with torch.no_grad():
+            state = critic_state(learner.critic_shape, learner.critics, batch.requests, batch.nodes, learner.links)
+            values = critic_values(learner.critic_shape, learner.critics, state, learner._one_hot(batch.actions))
+        error = values.mean(dim=0) * learner.scale + learner.center - batch.rewards
+        explained[normalise] = float(1 - error[:, 1].var() / batch.rewards[:, 1].var())
+    assert explained[True] > 0.3 > 0.0 > explained[False]
+
+
+def test_the_buffer_gives_back_what_it_was_given_and_forgets_the_oldest() -> None:
+    services = np.array([0, 0, 1, 1])
+    replay, slots = (
+        Replay(30, services, 16, "cpu"),
+        draw_slots(NETWORK, Load(per_service=2), 40, np.random.default_rng(0)),
+    )
+    placements = RandomRule(NETWORK).decide(slots, np.random.default_rng(0))
+    rewards = NETWORK.evaluate(slots, placements).reward_parts
+    for first in (0, 20):
+        part = slice(first, first + 20)
+        replay.add(slots.take(part), placements[part], rewards[part])
+    kept = np.array([*range(30, 40), *range(10, 30)])  # the ring's order
+    batch = replay.take(torch.arange(30))
+    np.testing.assert_allclose(batch.requests.numpy(), critic_requests(NETWORK, slots)[kept], rtol=1e-6)
+    np.testing.assert_allclose(batch.nodes.numpy(), node_features(slots)[kept], rtol=1e-6)
+    np.testing.assert_array_equal(batch.actions.numpy(), placements[kept])
+    np.testing.assert_allclose(batch.rewards.numpy(), rewards[kept], rtol=1e-6)
+
+
+def test_generalised_advantages_are_discounted_sums_of_one_step_errors() -> None:
+    settings = replace(SMALL, algorithm="happo", environments=2, minibatch=3, discount=0.9, gae=0.8)
+    learner = HappoLearner(settings)
+    rng = np.random.default_rng(0)
+    reward, values = rng.normal(size=(2, 6)), rng.normal(size=(2, 6))
+    got, returns = learner._advantages(
+        *(torch.as_tensor(x.ravel(), dtype=torch.float32) for x in (reward, values))
+    )  # 12 slots: six of each environment
+    follow = np.concatenate([values[:, 1:], np.zeros((2, 1))], axis=1)
+    errors = reward + 0.9 * follow - values
+    weights = np.array([[(0.9 * 0.8) ** (s - t) if s >= t else 0.0 for s in range(6)] for t in range(6)])
+    np.testing.assert_allclose(got.numpy().reshape(2, 6), errors @ weights.T, atol=1e-5)
+    np.testing.assert_allclose(returns.numpy(), got.numpy() + values.ravel(), atol=1e-5)
 
 
 def test_an_artifact_for_another_layout_or_service_is_refused(tmp_path: Path) -> None:
