@@ -15,7 +15,7 @@ from loadgen.console import live_progress, print_results
 from loadgen.figures import RouterRun
 from loadgen.payloads import PayloadError, parse_payloads
 from loadgen.report import write_report
-from loadgen.score import details, score
+from loadgen.score import details, not_comparable, score
 from loadgen.self_test import self_test
 from loadgen.sender import SendOptions, run_replay
 from loadgen.traces import TraceError, parse_workload, write_trace
@@ -78,15 +78,25 @@ def replay(
     except (TraceError, PayloadError, ValueError, OSError) as error:
         raise typer.BadParameter(str(error)) from error
     scores, found = score(record), details(record, requirement_ms)
+    warning = not_comparable({name: record})
+    run = RouterRun(name, record, scores)
     if report:
         facts = {"Sent to": url, "Workload": trace.description, "Payload": payloads.description, "Seed": str(seed)}
-        run = RouterRun(name, record, scores)
         title = f"{name} under {workload}"
-        write_report(report, title=title, facts=facts, trace=trace, runs=[run], requirement_ms=requirement_ms)
+        write_report(
+            report,
+            title=title,
+            facts=facts,
+            trace=trace,
+            runs=[run],
+            requirement_ms=requirement_ms,
+            warning=warning,
+        )
     if as_json:
-        print(json.dumps({"results": {name: scores}, "details": {name: found}}))
+        result = {"results": {name: scores}, "comparable": not warning, "warning": warning, "details": {name: found}}
+        print(json.dumps(result))
     else:
-        print_results({name: scores})
+        print_results([run], warning=warning)
         print(", ".join(f"{count:,} {outcome}" for outcome, count in found["outcomes"].items()))
         sending = found["sending"]
         print(

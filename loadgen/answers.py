@@ -5,6 +5,8 @@ those of the service; TIMEOUT and CONNECTION are what only a client can see.
 """
 
 import enum
+import math
+from typing import Any
 
 import msgspec
 
@@ -47,16 +49,21 @@ class _Body(msgspec.Struct, frozen=True):
     variant: str = ""
     instance: str = ""
     rank: int = UNKNOWN
+    timings_ms: Any = None
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """What scoring needs of one answer. correct: 1, 0 or UNKNOWN; rank 0 is the service's heaviest variant."""
+    """What scoring needs of one answer. correct: 1, 0 or UNKNOWN; rank 0 is the service's heaviest variant.
+
+    service_s: what the service says that computing took, with its whole batch; NaN where it says nothing.
+    """
 
     outcome: Outcome
     correct: int = UNKNOWN
     variant: str = ""
     instance: str = ""
     rank: int = UNKNOWN
+    service_s: float = math.nan
 
 
 _decoder = msgspec.json.Decoder(_Body)
@@ -98,7 +105,9 @@ def read_answer(
     correct = UNKNOWN
     if status == 200 and outcome in ANSWERED and (label is not None or label_name is not None):
         correct = int(bool(content.predictions) and _matches(content.predictions[0], label, label_name))
-    return Answer(outcome, correct, content.variant, content.instance, content.rank)
+    service_ms = content.timings_ms.get("service") if isinstance(content.timings_ms, dict) else None
+    service_s = service_ms / 1000.0 if isinstance(service_ms, int | float) else math.nan
+    return Answer(outcome, correct, content.variant, content.instance, content.rank, service_s)
 
 
 def _matches(prediction: Prediction, label: int | None, label_name: str | None) -> bool:

@@ -1,6 +1,6 @@
 """What a person at a terminal sees: a live line while a run is under way (stderr), a table afterwards."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich import box
@@ -10,7 +10,8 @@ from rich.table import Table
 
 from loadgen import sender
 from loadgen.answers import Outcome
-from loadgen.score import Score
+from loadgen.figures import RouterRun
+from loadgen.score import unanswered
 
 _PIPE_WIDTH = 110
 _LINE_EVERY_S = 2.0
@@ -66,31 +67,42 @@ def counts_text(progress: sender.Progress) -> str:
     return " · ".join(parts)
 
 
-def print_results(results: Mapping[str, Mapping[str, Score]], title: str | None = None) -> None:
-    """Print the table to stdout; in a pipe, wide enough for every column."""
-    console = Console()
+MEANINGS = (
+    "goodput: answered correctly and in time · violations: late, refused, dropped, failed, timed out",
+    "heavy: went to the largest variant · no answer: requests that stand in no latency percentile",
+)
+
+
+def print_results(runs: Sequence[RouterRun], title: str | None = None, warning: str = "") -> None:
+    """Print the table, what its columns mean and a warning to stdout; in a pipe, wide enough for every column."""
+    console = Console(highlight=False)
     if not console.is_terminal:
         console.width = _PIPE_WIDTH
-    console.print(results_table(results, title))
+    console.print(results_table(runs, title))
+    for line in MEANINGS:
+        console.print(line, style="dim", markup=False)
+    if warning:
+        console.print(warning, style="bold red", markup=False, soft_wrap=True)
 
 
-def results_table(results: Mapping[str, Mapping[str, Score]], title: str | None = None) -> Table:
-    """Return a rich table of {router: {phase: score}}, one line per router and phase."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("router", "phase"):
-        table.add_column(name, no_wrap=True)
-    for name in ("requests", "goodput", "violations", "heavy", "P50 ms", "P98 ms", "P99 ms"):
+def results_table(runs: Sequence[RouterRun], title: str | None = None) -> Table:
+    """Return a rich table, one line per router and, below it, one per phase. Fits into 80 columns."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("router", no_wrap=True)
+    for name in ("sent", "goodput", "violations", "heavy", "P50 ms", "P98", "P99"):
         table.add_column(name, justify="right", no_wrap=True)
-    for router, scores in results.items():
-        for i, (phase, row) in enumerate(scores.items()):
+    table.add_column("no answer", justify="right", min_width=len("answer"))
+    for run in runs:
+        missing = unanswered(run.record)
+        for i, (phase, row) in enumerate(run.scores.items()):
             shares = (row["goodput_ratio"], row["violation_ratio"], row["heavy_ratio"])
             times = (row["p50_ms"], row["p98_ms"], row["p99_ms"])
             table.add_row(
-                router if i == 0 else "",
-                phase,
+                run.name if phase == "overall" else f"  {phase}",
                 f"{row['requests']:,}",
                 *("–" if share is None else f"{share:.2%}" for share in shares),
                 *("–" if time is None else f"{time:,.1f}" for time in times),
-                end_section=i == len(scores) - 1,
+                f"{missing[phase]:,}" if missing[phase] else "–",
+                end_section=i == len(run.scores) - 1,
             )
     return table

@@ -14,8 +14,9 @@ class RunRecord:
 
     intended_s: when the trace wanted each request sent; sent_s: when it was; done_s: when its answer was read
     or given up. outcome: int8 of `Outcome`. correct: 1, 0 or UNKNOWN. rank: of the variant that answered (0 =
-    heaviest) or UNKNOWN. variant, instance: indices into `variants` and `instances`, or UNKNOWN. planned: how
-    many requests the trace holds up to end_s; more than were sent when the run was interrupted.
+    heaviest) or UNKNOWN. variant, instance: indices into `variants` and `instances`, or UNKNOWN. service_s: what
+    the service says that computing took, or NaN. planned: how many requests the trace holds up to end_s; more
+    than were sent when the run was interrupted.
     """
 
     intended_s: NDArray[np.float64]
@@ -26,6 +27,7 @@ class RunRecord:
     rank: NDArray[np.int8]
     variant: NDArray[np.int16]
     instance: NDArray[np.int16]
+    service_s: NDArray[np.float64]
     variants: tuple[str, ...]
     instances: tuple[str, ...]
     phase: NDArray[np.int16] | None
@@ -71,6 +73,7 @@ class Recorder:
         self._rank = np.full(count, UNKNOWN, dtype=np.int8)
         self._variant = np.full(count, UNKNOWN, dtype=np.int16)
         self._instance = np.full(count, UNKNOWN, dtype=np.int16)
+        self._service_s = np.full(count, np.nan)
         self._variants: dict[str, int] = {}
         self._instances: dict[str, int] = {}
         self.sent = 0
@@ -87,6 +90,7 @@ class Recorder:
         self._outcome[request] = answer.outcome
         self._correct[request] = answer.correct
         self._rank[request] = answer.rank
+        self._service_s[request] = answer.service_s
         if answer.variant:
             self._variant[request] = self._variants.setdefault(answer.variant, len(self._variants))
         if answer.instance:
@@ -111,6 +115,7 @@ class Recorder:
             rank=self._rank[sent],
             variant=self._variant[sent],
             instance=self._instance[sent],
+            service_s=self._service_s[sent],
             variants=tuple(self._variants),
             instances=tuple(self._instances),
             phase=None if phase is None else phase[sent],

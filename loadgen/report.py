@@ -31,11 +31,11 @@ from loadgen.figures import (
     variant_colours,
     variants_by_rank,
 )
-from loadgen.score import LATE_SENDER_MS, Score, details
+from loadgen.score import LATE_SENDER_MS, Score, details, unanswered
 from loadgen.traces import Trace
 
 _PAGE = Path(__file__).with_name("report_page.html")
-_COLUMNS = ("Router", "Phase", "Requests", "Goodput", "Violations", "Heavy", "P50 ms", "P98 ms", "P99 ms")
+_COLUMNS = ("Router", "Phase", "Requests", "Goodput", "Violations", "Heavy", "P50 ms", "P98 ms", "P99 ms", "No answer")
 
 NOTES = (
     (
@@ -46,8 +46,9 @@ NOTES = (
     ("Heavy", "Share of requests that went to the largest, most accurate variant."),
     (
         "Latency",
-        "From the moment at which the trace wanted a request sent to the end of its answer, as the client sees it; "
-        "percentiles are over answered requests.",
+        "From the moment at which the trace wanted a request sent to the end of its answer, as the client sees it. "
+        "Percentiles are over the requests that were answered, in time or late; those without an answer (refused, "
+        "dropped, failed, timed out) are counted in the last column and as violations.",
     ),
     (
         "Bursts",
@@ -65,12 +66,13 @@ def write_report(
     trace: Trace,
     runs: Sequence[RouterRun],
     requirement_ms: float | None = None,
+    warning: str = "",
 ) -> None:
     """Write the page. facts: what was run, as name and value, in the order to show. See `build_report`."""
-    path.write_text(
-        build_report(title=title, facts=facts, trace=trace, runs=runs, requirement_ms=requirement_ms),
-        encoding="utf-8",
+    page = build_report(
+        title=title, facts=facts, trace=trace, runs=runs, requirement_ms=requirement_ms, warning=warning
     )
+    path.write_text(page, encoding="utf-8")
 
 
 def build_report(
@@ -80,10 +82,12 @@ def build_report(
     trace: Trace,
     runs: Sequence[RouterRun],
     requirement_ms: float | None = None,
+    warning: str = "",
 ) -> str:
     """Return the page as one string of about 5 MB, nearly all of it plotly.js.
 
-    All runs must be over `trace`. requirement_ms draws the latency requirement. Needs at least one run.
+    All runs must be over `trace`. requirement_ms draws the latency requirement; warning is shown above everything
+    else. Needs at least one run.
     """
     if not runs:
         raise ValueError("a report needs at least one run")
@@ -94,7 +98,7 @@ def build_report(
     sections = [_router_section(i, run, runs, trace, requirement_ms, figures) for i, run in enumerate(runs)]
     parts = {
         "TITLE": html.escape(title),
-        "NOTICES": "".join(_notices(runs)),
+        "NOTICES": "".join(_notices(runs, warning)),
         "FINDING": finding(runs),
         "FACTS": "".join(f"<div><dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd></div>" for k, v in facts.items()),
         "LOAD": _load(trace) + (" Every router got exactly these." if len(runs) > 1 else ""),
@@ -149,7 +153,7 @@ def _chance(one: RouterRun, other: RouterRun, key: str) -> float:
     return 2.0 * math.sqrt(variance)
 
 
-def _notices(runs: Sequence[RouterRun]) -> list[str]:
+def _notices(runs: Sequence[RouterRun], warning: str) -> list[str]:
     """What a reader has to know before trusting the figures: runs cut short, requests that left late."""
     notices = []
     late = []
@@ -160,6 +164,8 @@ def _notices(runs: Sequence[RouterRun]) -> list[str]:
             notices.append(f"<strong>{name}</strong> was stopped after {sent:,} of {planned:,} requests.")
         if count := details(run.record)["sending"]["late"]:
             late.append(f"{name} {count:,} of {len(run.record):,}")
+    if warning:
+        notices.append(f"<strong>{html.escape(warning[0].upper() + warning[1:])}.</strong>")
     if late:
         notices.append(
             f"<strong>Busy machine:</strong> some requests left more than {LATE_SENDER_MS:g} ms late "
@@ -189,11 +195,13 @@ def _table(runs: Sequence[RouterRun], requirement_ms: float | None) -> str:
                 best[phase] = max(best.get(phase, 0.0), row["goodput_ratio"])
     lines = ["<table><thead><tr>", *(f'<th scope="col">{name}</th>' for name in _COLUMNS), "</tr></thead><tbody>"]
     for run in runs:
+        missing = unanswered(run.record)
         for i, (phase, row) in enumerate(run.scores.items()):
             lines.append(f'<tr class="{"first" if i == 0 else ""}">')
             lines.append(f"<td>{html.escape(run.name)}</td>")
             lines.append(f'<td class="phase">{html.escape(phase)}</td>')
             lines.extend(_cells(row, best.get(phase) if len(runs) > 1 else None, requirement_ms))
+            lines.append(f"<td>{missing[phase]:,}</td>")
             lines.append("</tr>")
     return "".join([*lines, "</tbody></table>"])
 

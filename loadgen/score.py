@@ -4,6 +4,7 @@ Ratios are fractions over the requests that count (all but INVALID and CANCELLED
 HdrHistogram of the answered ones, so they hold to three digits at any scale.
 """
 
+from collections.abc import Mapping
 from typing import Any, TypedDict
 
 import numpy as np
@@ -15,6 +16,11 @@ from loadgen.record import RunRecord
 
 LATE_SENDER_MS = 10.0
 """A request that leaves this much later than intended counts as sent late."""
+
+LATE_RUN_RATIO = 0.05
+"""A run of which more than this share was sent late shows the sender's machine, not the service."""
+SPEED_CHANGE = 1.25
+"""Medians of one variant's service time that are further apart than this factor show a machine that changed."""
 
 _HIGHEST_US = 24 * 3600 * 1_000_000
 _DIGITS = 3
@@ -38,21 +44,76 @@ def score(record: RunRecord) -> dict[str, Score]:
     requests: all that were sent. goodput_ratio: answered correctly and in time, over those that count; None
     when no payload has a label. violation_ratio: LATE, refused, expired, failed, timed out or cut off, over
     those that count. heavy_ratio: rank 0, over those whose answer names a rank (an answer says which variant
-    the request went to; refusals may). Percentiles: over OK and LATE, from the intended send time.
+    the request went to; refusals may). Percentiles: over OK and LATE, from the intended send time; how many had
+    no answer and so stand in none of them, `unanswered` tells.
     """
-    scores = {"overall": _score(record, np.ones(len(record), dtype=np.bool_))}
+    return {name: _score(record, part) for name, part in _parts(record).items()}
+
+
+def unanswered(record: RunRecord) -> dict[str, int]:
+    """Return how many requests that count got no answer, in time or late: overall, and by phase as in `score`."""
+    return {name: int((record.counted & ~record.answered & part).sum()) for name, part in _parts(record).items()}
+
+
+def late_ratio(record: RunRecord) -> float:
+    """Return the share of requests that left more than `LATE_SENDER_MS` after their time."""
+    return float((record.sending_lag_s * 1000.0 > LATE_SENDER_MS).mean()) if len(record) else 0.0
+
+
+def not_comparable(records: Mapping[str, RunRecord]) -> str:
+    """Return why these runs, by name, cannot be held against each other (or one against a promise); empty if so.
+
+    An open loop that falls behind sends another load than the trace asks for, and not the same to everybody.
+    """
+    behind = {name: ratio for name, one in records.items() if (ratio := late_ratio(one)) > LATE_RUN_RATIO}
+    if not behind:
+        return ""
+    shares = ", ".join(f"{name} {ratio:.1%}" for name, ratio in behind.items())
+    return (
+        f"not comparable: this machine could not keep the load up; requests left more than {LATE_SENDER_MS:g} ms late"
+        f" ({shares}). End other programs, or lower the rate"
+    )
+
+
+def service_ms(record: RunRecord) -> dict[str, float]:
+    """Return each variant's median service time, as far as its answers tell one."""
+    told = record.answered & ~np.isnan(record.service_s)
+    found = {name: record.service_s[told & (record.variant == i)] for i, name in enumerate(record.variants)}
+    return {name: round(float(np.median(times)) * 1000.0, 3) for name, times in found.items() if len(times)}
+
+
+def changed_speed(records: Mapping[str, RunRecord]) -> str:
+    """Return which variant took how much longer in one run than in another, where each should take the same in all.
+
+    Empty if none did by more than `SPEED_CHANGE`. Only for runs without batches whose instances share the machine in
+    the same way.
+    """
+    times = {name: service_ms(record) for name, record in records.items()}
+    for variant in sorted({variant for found in times.values() for variant in found}):
+        took = {name: found[variant] for name, found in times.items() if variant in found}
+        least, most = min(took, key=took.__getitem__), max(took, key=took.__getitem__)
+        if took[most] > SPEED_CHANGE * took[least]:
+            return (
+                f"not comparable: this machine changed its speed; {variant} took {took[least]:.1f} ms with {least} and"
+                f" {took[most]:.1f} ms with {most} (medians). End other programs, and run again"
+            )
+    return ""
+
+
+def _parts(record: RunRecord) -> dict[str, NDArray[np.bool_]]:
+    """Which requests stand in which row: all, and those of each phase that occurs."""
+    parts = {"overall": np.ones(len(record), dtype=np.bool_)}
     if record.phase is not None:
-        for phase, name in enumerate(record.phase_names):
-            part = record.phase == phase
-            if part.any():
-                scores[name] = _score(record, part)
-    return scores
+        named = ((name, record.phase == phase) for phase, name in enumerate(record.phase_names))
+        parts |= {name: part for name, part in named if part.any()}
+    return parts
 
 
 def details(record: RunRecord, requirement_ms: float | None = None) -> dict[str, Any]:
     """Return what the scores leave out, as plain JSON values.
 
-    outcomes: requests by name of outcome. refusal_p50_ms, refusal_p99_ms: from the intended send time to a 429
+    outcomes: requests by name of outcome. unanswered: see `unanswered`. service_ms: median
+    service time by variant, where answers tell it. refusal_p50_ms, refusal_p99_ms: from the intended send time to a 429
     or 503. sending: how late requests left (p50_ms, p99_ms, max_ms), and how many by more than 10 ms.
     late_at_client (with a requirement): answers that the service called in time and that nevertheless took
     longer than requirement_ms from the intended send time; they are not moved to LATE.
@@ -67,14 +128,17 @@ def details(record: RunRecord, requirement_ms: float | None = None) -> dict[str,
         "duration_s": record.end_s,
         "offered_per_s": len(record) / record.end_s if record.end_s > 0 else None,
         "outcomes": {o.name: n for o in Outcome if (n := int((record.outcome == o).sum()))},
+        "unanswered": unanswered(record),
         "variants": {name: int((record.variant[record.answered] == i).sum()) for i, name in enumerate(record.variants)},
         "instances": {
             name: int((record.instance[record.answered] == i).sum()) for i, name in enumerate(record.instances)
         },
+        "service_ms": service_ms(record),
         "refusal_p50_ms": percentile_ms(latency_ms[refused], 50),
         "refusal_p99_ms": percentile_ms(latency_ms[refused], 99),
         "sending": {
             "late": int((lag_ms > LATE_SENDER_MS).sum()),
+            "late_ratio": late_ratio(record),
             "late_means_over_ms": LATE_SENDER_MS,
             "p50_ms": percentile_ms(lag_ms, 50),
             "p99_ms": percentile_ms(lag_ms, 99),

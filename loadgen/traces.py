@@ -89,9 +89,11 @@ def parse_workload(
         trace = scale_trace(read_trace(Path(spec), rng, interval_s), rng, rate_scale, time_scale)
         return trace if duration_s is None else cut_trace(trace, duration_s)
     else:
-        raise TraceError(
-            f"{spec!r} is no workload: write paper, periodic, poisson:RATE, constant:RATE, or name a CSV file"
-        )
+        known = "paper, periodic, poisson:RATE, constant:RATE, or a CSV file"
+        if "/" in spec or Path(spec).suffix:
+            found = "a folder" if Path(spec).is_dir() else "no such file"
+            raise TraceError(f"{spec}: {found}; a workload is {known}")
+        raise TraceError(f"{spec!r} is no workload: write {known}")
     if kind in ("paper", "periodic") and (rate_scale, time_scale) != (1.0, 1.0):
         what += f", rates x {rate_scale:g}, holding times x {time_scale:g}"
     return Trace(what, process.generate(rng, DEFAULT_DURATION_S if duration_s is None else duration_s))

@@ -31,6 +31,7 @@ from loadgen.traces import Trace
 from policies.routing.workload import Constant
 from protocol.deployment import read_deployment
 from tidegate import bench_live
+from tidegate.replay_commands import stop_on_interrupt
 from tidegate.running import RunningGateway
 from tidegate.supervisor import Supervisor, free_port
 from tidegate.up_command import StartFailed, until_ready, with_address
@@ -62,7 +63,7 @@ def bench_gateway(
     try:
         result = asyncio.run(_bench_gateway(repeats, seconds, console))
     except (BenchError, StartFailed, OSError) as error:
-        console.print(f"tidegate bench gateway: {error}", style="red", markup=False)
+        console.print(f"tidegate bench gateway: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     if as_json:
         print(json.dumps(result))
@@ -200,7 +201,7 @@ def bench_overload(
     try:
         result = run_on_uvloop(_bench_overload(rate, seconds))
     except (StartFailed, OSError) as error:
-        console.print(f"tidegate bench overload: {error}", style="red", markup=False)
+        console.print(f"tidegate bench overload: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     if as_json:
         print(json.dumps(result))
@@ -217,7 +218,10 @@ async def _bench_overload(rate: float, seconds: float) -> dict[str, Any]:
         await until_ready(supervisor)
         options = SendOptions(timeout_s=1.0)
         with live_progress("overload") as show:
-            run = await gateway.replay("slow", "overload", trace, emulated(classes=2), options, show, asyncio.Event())
+            stop = stop_on_interrupt()
+            run = await gateway.replay("slow", "overload", trace, emulated(classes=2), options, show, stop)
+        if stop.is_set():
+            raise KeyboardInterrupt
         # The replay ends when its last request has: a little after the load's end. What is computed from
         # here on is computed for nobody.
         at_end = _computed(await gateway.state())

@@ -88,6 +88,8 @@ async def _replay(deployment: str, trace: Trace) -> RunRecord:
         await until_ready(supervisor)
         with live_progress(deployment) as show:
             run = await gateway.replay("imagenet", "", trace, emulated(), SendOptions(), show, stop_on_interrupt())
+    if run.record.interrupted:
+        raise KeyboardInterrupt
     return run.record
 
 
@@ -117,7 +119,11 @@ async def _bench_memory(seconds: float, rate: float) -> dict[str, Any]:
 
         looking = asyncio.create_task(look())
         with live_progress("memory") as show:
-            await gateway.replay("digits", "", trace, digits(DIGITS_SPLIT), SendOptions(), show, stop_on_interrupt())
+            stop = stop_on_interrupt()
+            await gateway.replay("digits", "", trace, digits(DIGITS_SPLIT), SendOptions(), show, stop)
+        if stop.is_set():
+            looking.cancel()
+            raise KeyboardInterrupt
         await looking
         late = {child.name: _resident_mb(child) for child in children}
     return {
@@ -190,7 +196,9 @@ def _ended(main: Any) -> dict[str, Any]:
     try:
         return dict(run_on_uvloop(main))
     except (GatewayError, StartFailed, OSError) as error:
-        Console(stderr=True).print(f"tidegate bench: {error}", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(
+            f"tidegate bench: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         raise typer.Exit(1) from None
 
 

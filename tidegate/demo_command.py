@@ -20,6 +20,7 @@ from rich.console import Console
 from loadgen.console import live_progress
 from loadgen.figures import RouterRun
 from loadgen.payloads import PayloadSet, digits
+from loadgen.score import changed_speed, not_comparable
 from loadgen.sender import SendOptions, run_on_uvloop
 from loadgen.traces import Trace
 from policies.routing.workload import MarkovianArrivalProcess
@@ -42,6 +43,7 @@ ROUTERS: Final = {
 
 PAPER_HEAVY_S, PAPER_LIGHT_S = 0.043, 0.0115
 PAPER_REQUIREMENT_S: Final = 0.3
+PAPER_PLACES: Final = 15
 PAPER_BURST_LOAD: Final = 180.0 / (2 / PAPER_HEAVY_S + 2 / PAPER_LIGHT_S)
 PAPER_NORMAL_LOAD: Final = 10.0 / (2 / PAPER_HEAVY_S + 2 / PAPER_LIGHT_S)
 """Tan's arrival rates over the capacity of two heavy and two light instances."""
@@ -67,7 +69,7 @@ def demo(
         console.print("tidegate demo: interrupted before the first replay")
         raise typer.Exit(INTERRUPTED_EXIT) from None
     except (GatewayError, StartFailed, OSError) as error:
-        console.print(f"tidegate demo: {error}", style="red", markup=False)
+        console.print(f"tidegate demo: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     if interrupted:
         raise typer.Exit(INTERRUPTED_EXIT)
@@ -90,12 +92,13 @@ async def _demo(duration_s: float, seed: int, report: Path, embedded: bool, as_j
         service_s = await measure(f"{supervisor.url}/v1/digits", payloads, seconds=6.0, stop=stop)
         console.print(f"  {HEAVY} {service_s[HEAVY] * 1e3:.1f} ms, {LIGHT} {service_s[LIGHT] * 1e3:.1f} ms per image")
         trace, requirement_ms = scaled_workload(service_s, duration_s, seed)
+        places = scaled_places(service_s, requirement_ms)
         console.print(f"  requirement {requirement_ms:.0f} ms; {trace.description}; {len(trace)} requests")
         runs: list[RouterRun] = []
         for router, name in ROUTERS.items():
             if stop.is_set():
                 break
-            await gateway.deploy(_desired(files[name], router, requirement_ms))
+            await gateway.deploy(_desired(files[name], router, requirement_ms, places))
             await gateway.until_idle("digits")
             with live_progress(router, console) as show:
                 runs.append(await gateway.replay("digits", router, trace, payloads, SendOptions(seed=seed), show, stop))
@@ -105,18 +108,32 @@ async def _demo(duration_s: float, seed: int, report: Path, embedded: bool, as_j
         "Instances": "light-only: two light; heavy-only: two heavy; the others: one of each; one CPU thread each",
         "Service times": f"{HEAVY} {service_s[HEAVY] * 1e3:.1f} ms, {LIGHT} {service_s[LIGHT] * 1e3:.1f} ms per image,"
         " both busy, measured just before",
+        "Places": f"{places[HEAVY]} with {HEAVY}, {places[LIGHT]} with {LIGHT}: full, they last for the same share of"
+        " the requirement as in Tan's system",
         "Workload": trace.description,
         "Took": f"{time.monotonic() - started_s:.0f} s",
     }
-    measured = {"service_s": service_s, "requirement_ms": requirement_ms, "seconds": time.monotonic() - started_s}
-    tell(runs, trace, facts, requirement_ms, report, as_json, "Tidegate demo: digits through bursts", measured)
+    measured = {
+        "service_s": service_s,
+        "requirement_ms": requirement_ms,
+        "places": places,
+        "seconds": time.monotonic() - started_s,
+    }
+    records = {run.name: run.record for run in runs}
+    warning = not_comparable(records) or changed_speed(records)
+    title = "Tidegate demo: digits through bursts"
+    tell(runs, trace, facts, requirement_ms, report, as_json, title, warning, measured)
     return stop.is_set()
 
 
-def _desired(file: DeploymentFile, router: str, requirement_ms: float) -> Deployment:
-    state = file.desired_state()
-    spec = msgspec.structs.replace(state.services["digits"], router=router, requirement_ms=requirement_ms)
-    return msgspec.structs.replace(state, services={"digits": spec})
+def _desired(file: DeploymentFile, router: str, requirement_ms: float, places: Mapping[str, int]) -> Deployment:
+    replace, state = msgspec.structs.replace, file.desired_state()
+    spec = replace(state.services["digits"], router=router, requirement_ms=requirement_ms)
+    workers = tuple(
+        replace(worker, instances=tuple(replace(one, capacity=places[one.variant]) for one in worker.instances))
+        for worker in state.workers
+    )
+    return replace(state, services={"digits": spec}, workers=workers)
 
 
 async def measure(url: str, payloads: PayloadSet, seconds: float, stop: asyncio.Event) -> dict[str, float]:
@@ -148,6 +165,19 @@ async def measure(url: str, payloads: PayloadSet, seconds: float, stop: asyncio.
     if not answers[HEAVY] or not answers[LIGHT]:
         raise GatewayError(f"too few answers while measuring ({dict(answers)}): see the workers' logs")
     return {variant: seconds / answers[variant] for variant in (HEAVY, LIGHT)}
+
+
+def scaled_places(service_s: Mapping[str, float], requirement_ms: float) -> dict[str, int]:
+    """Places of an instance by variant: a full queue lasts for the same share of the requirement as in Tan's system.
+
+    There 15 places are 215% of it with the heavy model and 57.5% with the light one. A light model that is faster in
+    proportion would otherwise refuse in a burst what it could still serve in time.
+    """
+    full_s = {variant: PAPER_PLACES * one_s for variant, one_s in ((HEAVY, PAPER_HEAVY_S), (LIGHT, PAPER_LIGHT_S))}
+    return {
+        variant: max(1, round(full_s[variant] / PAPER_REQUIREMENT_S * requirement_ms / 1e3 / service_s[variant]))
+        for variant in (HEAVY, LIGHT)
+    }
 
 
 def scaled_workload(service_s: Mapping[str, float], duration_s: float, seed: int) -> tuple[Trace, float]:

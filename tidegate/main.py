@@ -19,6 +19,7 @@ from tidegate import (
     workload_commands,
 )
 
+INTERRUPTED_EXIT = 130
 EXTRAS = {
     "numba": "train",
     "torch": "train",
@@ -34,12 +35,15 @@ EXTRAS = {
 
 
 class Commands(TyperGroup):
-    """All commands; one whose packages are not installed says how to get them instead of showing a traceback."""
+    """All commands. Ctrl-C, and packages that are not installed, are told in words instead of by a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command that was asked for."""
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("tidegate: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED_EXIT) from None
         except ModuleNotFoundError as error:
             package = (error.name or "").partition(".")[0]
             if package not in EXTRAS:

@@ -41,7 +41,7 @@ def list_variants(catalog: Folders = [], as_json: AsJson = False) -> None:  # no
         summary = _summary(variant)
         accuracy = "" if summary["accuracy"] is None else f"{summary['accuracy']:.4f}"
         shape = "x".join(str(length) for length in variant.input.shape)
-        source, found = variant.accuracy.source, "" if summary["available"] else "not exported yet"
+        source, found = variant.accuracy.source, _shown_file(variant) if summary["available"] else "not exported yet"
         table.add_row(
             variant.name, variant.service, variant.runtime, shape, str(variant.classes), accuracy, source, found
         )
@@ -122,6 +122,14 @@ def export(
         print(msgspec.json.encode(_summary(variant) | {"path": variant.path}).decode())
         return
     _notes.print(f"written: {variant.path}; serve it with --catalog {out}", soft_wrap=True, highlight=False)
+
+
+def _shown_file(variant: Variant) -> str:
+    """Its file as a person would type it, from where they are; an emulated one has none."""
+    if variant.runtime == "emulated":
+        return "none needed"
+    path = Path(variant.path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _profile_rows(found: Profile) -> list[dict[str, object]]:

@@ -16,15 +16,16 @@ from loadgen.console import live_progress, print_results
 from loadgen.figures import RouterRun
 from loadgen.payloads import PayloadError, parse_payloads
 from loadgen.report import write_report
-from loadgen.score import details
+from loadgen.score import details, not_comparable
 from loadgen.sender import SendOptions, run_on_uvloop
 from loadgen.traces import Trace, TraceError, parse_workload
-from tidegate.running import GatewayError, RunningGateway
+from protocol.deployment import did_you_mean
+from tidegate.running import GatewayError, RouterUnusable, RunningGateway
 
 DIGITS_SPLIT = Path(__file__).parent.parent / "models" / "pretrained" / "digits_split.json"
 INTERRUPTED_EXIT = 130
 
-Url = Annotated[str, typer.Option(help="The gateway.")]
+Url = Annotated[str, typer.Option(help="The gateway, as http://host:port or host:port.")]
 Service = Annotated[str, typer.Option(help="Service to call; the only one if there is only one.")]
 Workload = Annotated[str, typer.Option(help="paper, periodic, poisson:RATE, constant:RATE, or a trace as CSV.")]
 PayloadSpec = Annotated[
@@ -111,12 +112,17 @@ def compare(
 ) -> None:
     """Replay the same workload through one router after the other on a running gateway; its own is restored.
 
+    A router that cannot be used there is named with the reason and left out; the exit status is then 1.
+
     Example: tidegate compare --routers deadline,uniform --workload paper --time-scale 0.1 --report report.html
     """
     names = tuple(name.strip() for name in routers.split(",") if name.strip())
-    unknown = [name for name in names if name not in ROUTERS]
+    unknown = next((name for name in names if name not in ROUTERS), "")
     if unknown or not names:
-        raise typer.BadParameter(f"{unknown or 'none given'}: choose from {', '.join(ROUTERS)}", param_hint="--routers")
+        told = f"{unknown!r} is no router" if unknown else "none given"
+        raise typer.BadParameter(
+            f"{told}: choose from {', '.join(ROUTERS)}{did_you_mean(unknown, ROUTERS)}", param_hint="--routers"
+        )
     _run(
         Plan(
             url=url,
@@ -138,16 +144,16 @@ def compare(
 
 def _run(plan: Plan) -> None:
     try:
-        interrupted = run_on_uvloop(_compare(plan))
+        interrupted, left_out = run_on_uvloop(_compare(plan))
     except (GatewayError, TraceError, PayloadError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"tidegate: {error}", style="red", highlight=False, markup=False)
+        Console(stderr=True).print(f"tidegate: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
-    if interrupted:
-        raise typer.Exit(INTERRUPTED_EXIT)
+    if interrupted or left_out:
+        raise typer.Exit(INTERRUPTED_EXIT if interrupted else 1)
 
 
-async def _compare(plan: Plan) -> bool:
-    """True if it was interrupted; what was done until then is reported all the same."""
+async def _compare(plan: Plan) -> tuple[bool, dict[str, str]]:
+    """Whether it was interrupted (what was done until then is reported all the same); routers left out, and why."""
     trace = parse_workload(
         plan.workload,
         seed=plan.seed,
@@ -163,26 +169,41 @@ async def _compare(plan: Plan) -> bool:
         requirement_ms = await _requirement_ms(gateway, service)
         options = SendOptions(timeout_s=plan.timeout_s, seed=plan.seed, report_phase=True)
         runs: list[RouterRun] = []
+        left_out: dict[str, str] = {}
         try:
             for router in plan.routers or (before["router"],):
-                if plan.routers:
-                    await gateway.set_router(service, router)
-                    await gateway.until_idle(service)
+                try:
+                    if plan.routers:
+                        await gateway.set_router(service, router)
+                        await gateway.until_idle(service)
+                except RouterUnusable as error:
+                    left_out[router] = str(error)
+                    _warn(f"{router} is left out: {error}")
+                    continue
                 with live_progress(router) as show:
                     runs.append(await gateway.replay(service, router, trace, payloads, options, show, stop))
                 if stop.is_set():
                     break
         finally:
             if plan.routers:
-                await gateway.set_router(service, before["router"])
+                await gateway.ask_for_router(service, before["router"])
     facts = {
         "Gateway": f"{plan.url}, service {service}",
         "Workload": trace.description,
         "Payload": payloads.description,
         "Seed": str(plan.seed),
     }
-    tell(runs, trace, facts, requirement_ms, plan.report, plan.as_json, f"{service} under {plan.workload}")
-    return stop.is_set()
+    warning = not_comparable({run.name: run.record for run in runs})
+    further = {"left_out": left_out} if plan.routers else {}
+    title = f"{service} under {plan.workload}"
+    tell(runs, trace, facts, requirement_ms, plan.report, plan.as_json, title, warning, further)
+    for router, why in left_out.items():
+        _warn(f"{router} was left out: {why}")
+    return stop.is_set(), left_out
+
+
+def _warn(text: str) -> None:
+    Console(stderr=True).print(text, style="yellow", highlight=False, markup=False, soft_wrap=True)
 
 
 def tell(
@@ -193,17 +214,32 @@ def tell(
     report: Path | None,
     as_json: bool,
     title: str,
-    further: dict[str, Any] | None = None,
+    warning: str,
+    further: dict[str, Any],
 ) -> None:
-    """The results as a table or one JSON object on stdout, and as a report where asked."""
-    results = {run.name: run.scores for run in runs}
+    """The results as a table or one JSON object on stdout, and as a report where asked.
+
+    `warning` says why the runs cannot be compared, if so; `further` are more fields of the JSON object.
+    """
     if report is not None and runs:
-        write_report(report, title=title, facts=facts, trace=trace, runs=runs, requirement_ms=requirement_ms)
+        write_report(
+            report,
+            title=title,
+            facts=facts,
+            trace=trace,
+            runs=runs,
+            requirement_ms=requirement_ms,
+            warning=warning,
+        )
     if as_json:
+        results = {run.name: run.scores for run in runs}
         found = {run.name: details(run.record, requirement_ms) for run in runs}
-        print(json.dumps({"results": results, "details": found, **(further or {})}))
+        told = {"results": results, "comparable": not warning, "warning": warning, "details": found, **further}
+        print(json.dumps(told))
         return
-    print_results(results, title)
+    if not runs:
+        return
+    print_results(runs, title, warning)
     for run in runs:
         sending = details(run.record)["sending"]
         if sending["late"]:

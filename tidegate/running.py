@@ -8,6 +8,7 @@ import contextlib
 import time
 from types import TracebackType
 from typing import Any, Final, Self
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
@@ -17,21 +18,28 @@ from loadgen.payloads import PayloadSet
 from loadgen.score import score
 from loadgen.sender import ProgressCallback, SendOptions, replay
 from loadgen.traces import Trace
+from protocol.deployment import did_you_mean
 from protocol.records import Deployment
 
 SAMPLE_EVERY_S: Final = 0.2
 PATIENCE_S: Final = 30.0
+ROUTER_PATIENCE_S: Final = 6.0
+"""How long a router that the gateway says is not in force may take: its first table needs a slot or two."""
 
 
 class GatewayError(RuntimeError):
     """The gateway cannot be reached or refused: says what to do."""
 
 
+class RouterUnusable(GatewayError):
+    """The gateway refuses this router for this service, or it does not come into force: says why."""
+
+
 class RunningGateway:
     """A gateway at `url`. `async with` owns the connections."""
 
     def __init__(self, url: str, admin_token: str = "") -> None:
-        self.url = url.rstrip("/")
+        self.url = whole_url(url)
         self._headers = {"Authorization": f"Bearer {admin_token}"} if admin_token else {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -54,7 +62,10 @@ class RunningGateway:
             raise GatewayError(f"no gateway answers at {self.url} ({error}): start one with tidegate up") from error
         if response.status != 200:
             with contextlib.suppress(msgspec.MsgspecError, KeyError, TypeError):
-                raise GatewayError(f"{path}: {msgspec.json.decode(answer)['error']}")
+                said = str(msgspec.json.decode(answer)["error"])
+                if path.endswith("/router") and response.status in (400, 409):
+                    raise RouterUnusable(said)
+                raise GatewayError(f"{path}: {said}")
             raise GatewayError(f"{path}: HTTP {response.status}: is this a Tidegate gateway?")
         return msgspec.json.decode(answer)
 
@@ -70,31 +81,49 @@ class RunningGateway:
         """The state of one service. Raises `GatewayError` naming those that exist."""
         services = (await self.state())["services"]
         if name not in services:
-            raise GatewayError(f"no service {name!r} at {self.url}: it has {', '.join(sorted(services)) or 'none'}")
+            raise GatewayError(
+                f"no service {name!r} at {self.url}: it has {', '.join(sorted(services)) or 'none'}"
+                f"{did_you_mean(name, services)}"
+            )
         return dict(services[name])
 
     async def deploy(self, deployment: Deployment) -> None:
         """Replaces the desired state and waits until exactly its instances are ready."""
         await self._call("PUT", "/admin/deployment", msgspec.json.encode(deployment))
         wanted = sorted(
-            (worker.name, instance.variant) for worker in deployment.workers for instance in worker.instances
+            (worker.name, instance.variant, instance.capacity)
+            for worker in deployment.workers
+            for instance in worker.instances
         )
 
         async def arrived() -> bool:
             services = (await self.state())["services"]
             views = [view for service in services.values() for view in service["instances"]]
-            ready = sorted((view["id"].split("/")[0], view["variant"]) for view in views if view["ready"])
+            ready = sorted(
+                (view["id"].split("/")[0], view["variant"], view["capacity"]) for view in views if view["ready"]
+            )
             routers = {name: service["router"] for name, service in services.items()}
             return ready == wanted and routers == {name: spec.router for name, spec in deployment.services.items()}
 
         await self._until(arrived, f"deployment {deployment.name} did not become ready")
 
-    async def set_router(self, service: str, router: str) -> None:
-        """Switches the router and waits until it routes (a table router: until its first table has come)."""
+    async def ask_for_router(self, service: str, router: str) -> None:
+        """Switches the router without waiting for it. Raises `RouterUnusable` if the gateway refuses it."""
         await self._call("PUT", f"/admin/services/{service}/router", msgspec.json.encode({"router": router}))
 
+    async def set_router(self, service: str, router: str) -> None:
+        """Switches the router and waits until it routes (a table router: until its first table has come).
+
+        Raises `RouterUnusable` with the gateway's reason if that refuses it or it does not come into force.
+        """
+        await self.ask_for_router(service, router)
+        gives_up_s = time.monotonic() + ROUTER_PATIENCE_S
+
         async def routing() -> bool:
-            return str((await self.service(service))["routing_by"]) == router
+            state = await self.service(service)
+            if state["router"] == router and state["reason"] and time.monotonic() > gives_up_s:
+                raise RouterUnusable(state["reason"])
+            return str(state["router"]) == router and not state["reason"]
 
         await self._until(routing, f"router {router} did not come into force for {service}")
 
@@ -142,3 +171,14 @@ class RunningGateway:
                     if view["ready"]:
                         lengths.setdefault(view["id"], []).append((time.monotonic() - started_s, view["length"]))
             await asyncio.sleep(SAMPLE_EVERY_S)
+
+
+def whole_url(text: str) -> str:
+    """The address of a gateway as a URL: `host:port` means http. Raises `GatewayError` for what is none."""
+    url = text if "://" in text else f"http://{text}"
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(url)
+        port = parts.port  # raises for what is no number
+        if parts.scheme in ("http", "https") and parts.hostname and port != 0:
+            return url.rstrip("/")
+    raise GatewayError(f"{text!r} is no address of a gateway: write it as http://127.0.0.1:8700")

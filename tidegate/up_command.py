@@ -43,7 +43,7 @@ def up(
     try:
         asyncio.run(_serve(with_address(read_deployment(file), host, port), board, embedded, console))
     except (DeploymentError, OSError, StartFailed) as error:
-        console.print(f"tidegate up: {error}", style="red", highlight=False, markup=False)
+        console.print(f"tidegate up: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1) from None
 
 

@@ -93,10 +93,27 @@ def test_compare_restores_the_router_and_uses_the_same_requests(system: RunningS
     assert list(again["results"]) == ["deadline"], "the router that it had before"
 
 
+def test_compare_goes_on_without_a_router_that_cannot_be_used_there(system: RunningSystem) -> None:
+    """The shipped learned policies were trained for four instances; here are two."""
+    arguments = ["--url", system.url.removeprefix("http://"), "--workload", "poisson:30", "--duration-s", "2"]
+    ended = tidegate("compare", "--routers", "learned-po,uniform", *arguments, "--json")
+    assert ended.returncode == 1
+    found = json.loads(ended.stdout)
+    assert list(found["results"]) == ["uniform"]
+    assert list(found["left_out"]) == ["learned-po"]
+    assert "trained for" in found["left_out"]["learned-po"]
+    assert f"learned-po was left out: {found['left_out']['learned-po']}" in ended.stderr
+    again = results(tidegate("replay", *arguments, "--json"))
+    assert list(again["results"]) == ["deadline"], "the router that it had before"
+    assert again["comparable"] is (again["warning"] == "")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["compare", "--routers", "deadlin"], ["deadlin", "choose from"]),
+        (["compare", "--routers", "deadlin"], ["deadlin", "choose from", "did you mean 'deadline'?"]),
+        (["compare", "--workload", "monday.csv"], ["monday.csv: no such file", "poisson:RATE"]),
+        (["replay", "--url", "edge:port"], ["'edge:port' is no address", "http://127.0.0.1:8700"]),
         (["replay", "--url", "http://127.0.0.1:9"], ["no gateway answers", "tidegate up"]),
         (["replay", "--workload", "paprika"], ["paprika"]),
         (["demo", "--duration-s", "1"], ["5 to 3600"]),
@@ -114,7 +131,7 @@ def test_an_unknown_service_is_named_beside_those_that_exist(system: RunningSyst
     ended = tidegate("replay", "--url", system.url, "--service", "imagnet", "--duration-s", "1")
     assert ended.returncode == 1
     assert "imagnet" in ended.stderr
-    assert "imagenet" in ended.stderr
+    assert "did you mean 'imagenet'?" in ended.stderr
 
 
 def test_ctrl_c_ends_a_replay_and_still_reports(system: RunningSystem, tmp_path: Path) -> None:
@@ -140,6 +157,32 @@ def test_ctrl_c_ends_a_replay_and_still_reports(system: RunningSystem, tmp_path:
     assert found["details"]["deadline"]["interrupted"] is True
     assert 0 < found["results"]["deadline"]["overall"]["requests"] < 60 * 20
     assert report.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [(["bench", "overload"], "sent"), (["bench", "live"], "sent"), (["bench", "memory"], "sent")],
+)
+def test_ctrl_c_ends_a_bench_in_words(arguments: list[str], word: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tidegate.main", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stderr is not None
+        while word not in (line := process.stderr.readline()):
+            assert line, "it ended by itself"
+        os.kill(process.pid, signal.SIGINT)
+        output, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert "Traceback" not in said
+    assert output == ""
 
 
 def test_overload_gives_useful_answers_and_computes_for_nobody_else() -> None:

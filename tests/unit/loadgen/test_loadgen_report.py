@@ -1,5 +1,6 @@
 """The report: self-contained, escaped, and its plots add up to what the record says."""
 
+import io
 import json
 import re
 from dataclasses import replace
@@ -8,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from loadgen.answers import Answer, Outcome
+from loadgen.console import print_results, results_table
 from loadgen.figures import (
     RouterRun,
     bin_width_s,
@@ -22,7 +25,7 @@ from loadgen.figures import (
 )
 from loadgen.record import Recorder
 from loadgen.report import build_report, finding
-from loadgen.score import score
+from loadgen.score import score, unanswered
 from loadgen.traces import Trace, parse_workload
 
 
@@ -207,6 +210,37 @@ def test_requests_that_left_late_are_not_hidden(trace: Trace) -> None:
     assert f"deadline 7 of {len(run.record):,}" in build_report(title="t", facts={}, trace=trace, runs=[late])
 
 
+def test_a_warning_stands_above_the_figures_and_requests_without_answer_beside_them(trace: Trace) -> None:
+    run = run_of(trace, "deadline")
+    assert 'class="notice"' not in build_report(title="t", facts={}, trace=trace, runs=[run])
+    page = build_report(title="t", facts={}, trace=trace, runs=[run], warning="not comparable: <slow>")
+    assert page.index("Not comparable: &lt;slow&gt;.") < page.index("<table>")
+    refused = int((run.record.outcome == Outcome.QUEUE_FULL).sum())
+    row = page_of(page).cells[:10]
+    assert row[-1] == f"{refused:,}" != "0"
+
+
+def test_the_terminal_says_what_its_columns_mean(trace: Trace, capsys: pytest.CaptureFixture[str]) -> None:
+    run = run_of(trace, "deadline")
+    print_results([run], "Bursts", "not comparable: slow")
+    said = capsys.readouterr().out
+    lines = said.splitlines()
+    overall = next(line for line in lines if line.strip().startswith("deadline")).split()
+    assert overall[-1] == f"{unanswered(run.record)['overall']:,}"
+    for word in ("answered correctly and in time", "late, refused", "largest variant", "no latency percentile"):
+        assert word in " ".join(said.split())
+    assert lines[-1] == "not comparable: slow"
+
+
 def test_no_run_is_an_error(trace: Trace) -> None:
     with pytest.raises(ValueError, match="at least one run"):
         build_report(title="t", facts={}, trace=trace, runs=[])
+
+
+def test_the_table_fits_into_a_terminal_of_80_columns(trace: Trace) -> None:
+    console = Console(width=80, file=io.StringIO(), highlight=False)
+    console.print(results_table([run_of(trace, "single-queue")]))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    for word in ("sent", "goodput", "violations", "heavy", "P50 ms", "P98", "P99", "answer"):
+        assert word in said
+    assert "…" not in said

@@ -1,13 +1,14 @@
 """Answers and scores, against counts by hand and numpy's percentiles."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from loadgen.answers import UNKNOWN, Answer, Outcome, read_answer
 from loadgen.record import Recorder, RunRecord
-from loadgen.score import details, score
+from loadgen.score import changed_speed, details, late_ratio, not_comparable, score, service_ms, unanswered
 
 OK = Outcome.OK
 
@@ -152,3 +153,45 @@ def test_details_hold_outcomes_refusals_and_the_senders_own_delay() -> None:
     assert found["late_at_client"] == 1
     assert found["offered_per_s"] == 1.0
     json.dumps(found)
+
+
+def test_requests_without_an_answer_are_stated_beside_the_percentiles() -> None:
+    answers = [Answer(OK, 1), Answer(Outcome.LATE, 1), Answer(Outcome.TIMEOUT), Answer(Outcome.EXPIRED)]
+    answers += [Answer(Outcome.INVALID), Answer(Outcome.CANCELLED)]
+    record = recorded(answers, phases=[0, 0, 0, 1, 1, 1])
+    assert unanswered(record) == details(record)["unanswered"] == {"overall": 2, "bursty": 1, "normal": 1}
+    row = score(record)["overall"]
+    assert unanswered(record)["overall"] + 1 == round((row["violation_ratio"] or 0) * 4), "LATE is answered"
+
+
+def test_a_sender_that_fell_behind_makes_runs_incomparable() -> None:
+    def run(late: int) -> RunRecord:
+        record = recorded([Answer(OK, 1)] * 100)
+        return replace(record, sent_s=record.intended_s + np.where(np.arange(100) < late, 0.011, 0.0))
+
+    assert not_comparable({"deadline": run(5), "uniform": run(0)}) == "", "5 of 100 may"
+    said = not_comparable({"deadline": run(6), "uniform": run(0)})
+    assert said.startswith("not comparable: this machine could not keep the load up")
+    assert "deadline 6.0%" in said
+    assert "uniform" not in said
+    assert late_ratio(run(6)) == details(run(6))["sending"]["late_ratio"] == 0.06
+
+
+def test_a_machine_that_changes_its_speed_makes_runs_incomparable() -> None:
+    def run(heavy_ms: float, light_ms: float = 8.0) -> RunRecord:
+        answers = [Answer(OK, 1, "heavy", "a", 0, heavy_ms / 1e3), Answer(OK, 1, "light", "b", 1, light_ms / 1e3)]
+        return recorded([*answers, Answer(OK, 1, "light", "b", 1), Answer(Outcome.EXPIRED)])
+
+    assert service_ms(run(50.0)) == {"heavy": 50.0, "light": 8.0}
+    assert changed_speed({"x": run(50.0), "y": run(62.0)}) == ""
+    said = changed_speed({"x": run(50.0), "y": run(63.0)})
+    assert "heavy took 50.0 ms with x and 63.0 ms with y" in said
+    assert "light took 6.0 ms with y" in changed_speed({"x": run(50.0, 8.0), "y": run(50.0, 6.0)})
+
+
+@pytest.mark.parametrize("timings", [None, 3, {"service": "slow"}, {"total": 4.0}])
+def test_a_service_time_that_is_not_told_is_unknown(timings: object) -> None:
+    answer = read_answer(200, False, body(timings_ms=timings), label=3)
+    assert answer.outcome is Outcome.OK
+    assert np.isnan(answer.service_s)
+    assert read_answer(200, False, body(timings_ms={"service": 12.5})).service_s == 0.0125

@@ -165,7 +165,7 @@ def test_the_seed_fixes_the_trace() -> None:
         ("poisson", "positive rate"),
         ("constant:-1", "positive rate"),
         ("paper:2", "no workload"),
-        ("/no/such.csv", "no workload"),
+        ("/no/such.csv", "no such file"),
     ],
 )
 def test_unknown_workloads_say_what_there_is(spec: str, reason: str) -> None:

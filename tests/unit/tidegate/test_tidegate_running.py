@@ -1,0 +1,98 @@
+"""An operator's side of a gateway: addresses, services by name, routers that come into force or do not."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tidegate import running
+from tidegate.running import GatewayError, RouterUnusable, RunningGateway, whole_url
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("http://127.0.0.1:8700/", "http://127.0.0.1:8700"),
+        ("127.0.0.1:8700", "http://127.0.0.1:8700"),
+        ("edge-1:8700", "http://edge-1:8700"),
+        ("https://edge.example/tide", "https://edge.example/tide"),
+        ("[::1]:8700", "http://[::1]:8700"),
+    ],
+)
+def test_an_address_may_leave_out_http(given: str, url: str) -> None:
+    assert whole_url(given) == url
+
+
+@pytest.mark.parametrize("given", ["", "http://", "ftp://x:1", "edge:port", "edge:99999", "edge:0"])
+def test_what_is_no_address_is_said_so(given: str) -> None:
+    with pytest.raises(GatewayError, match="no address of a gateway: write it as http://"):
+        whole_url(given)
+
+
+class Scripted(RunningGateway):
+    """A gateway that answers /state from a list, the last one for ever."""
+
+    def __init__(self, *states: tuple[str, str]) -> None:
+        super().__init__("http://gateway")
+        self.calls: list[tuple[str, str]] = []
+        self._states = iter(states)
+        self._state = states[0]
+
+    async def _call(self, method: str, path: str, body: bytes | None = None) -> Any:
+        self.calls.append((method, path))
+        if path != "/state":
+            return {}
+        self._state = next(self._states, self._state)
+        router, reason = self._state
+        return {"services": {"digits": {"router": router, "reason": reason, "instances": []}}}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes by itself: 50 ms at every look."""
+    now_s = 0.0
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            nonlocal now_s
+            now_s += 0.05
+            return now_s
+
+    async def at_once(seconds: float) -> None:
+        pass
+
+    monkeypatch.setattr(running, "time", Clock)
+    monkeypatch.setattr(running.asyncio, "sleep", at_once)
+
+
+def test_a_router_is_set_once_it_routes() -> None:
+    gateway = Scripted(("deadline", ""), ("threshold", "no table yet"), ("threshold", ""))
+    asyncio.run(gateway.set_router("digits", "threshold"))
+    assert gateway.calls[0] == ("PUT", "/admin/services/digits/router")
+    assert len(gateway.calls) == 4, "the old router's state does not count"
+
+
+def test_a_router_that_does_not_come_into_force_is_unusable_and_says_why() -> None:
+    gateway = Scripted(("deadline", ""), ("learned-po", "no table yet"), ("learned-po", "trained for four instances"))
+    with pytest.raises(RouterUnusable, match="trained for four instances"):
+        asyncio.run(gateway.set_router("digits", "learned-po"))
+
+
+def test_a_change_that_never_arrives_is_an_error_of_the_gateway() -> None:
+    gateway = Scripted(("deadline", ""))
+    with pytest.raises(GatewayError, match="did not come into force") as caught:
+        asyncio.run(gateway.set_router("digits", "uniform"))
+    assert not isinstance(caught.value, RouterUnusable)
+
+
+def test_a_service_that_is_nearly_right_is_guessed() -> None:
+    def look(name: str) -> Callable[[], Any]:
+        return lambda: asyncio.run(Scripted(("deadline", "")).service(name))
+
+    assert look("digits")()["router"] == "deadline"
+    with pytest.raises(GatewayError, match=r"it has digits; did you mean 'digits'\?"):
+        look("digit")()
+    with pytest.raises(GatewayError, match=r"it has digits$"):
+        look("xyz")()
