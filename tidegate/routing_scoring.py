@@ -164,9 +164,14 @@ def robustness(
                     r = measure.several_gateways(cv, gateways, bounce, slots=slots, seed=seed)
                     about = {"law": "gamma", "cv": cv, "gateways": gateways, "bounce": bounce}
                     rows.append({**about, **r.learned.as_dict()})
+        batches = []
+        for scale in (1.0, 1.25, 1.5):
+            for cv in (0.0, 0.1, 0.3, 0.5, 1.0):
+                plain, batched = measure.batches(scale, cv, slots=slots, seed=seed)
+                batches.append({"rate_scale": scale, "cv": cv, "plain": plain.as_dict(), "batches": batched.as_dict()})
         drift = {str(cv): measure.recovery(cv, seed=seed) for cv in (0.0, 0.3)}
     if json_output:
-        print(json.dumps({"rows": rows, "recovery": drift}))
+        print(json.dumps({"rows": rows, "batches": batches, "recovery": drift}))
         return
     print(f"{'law':10s}{'cv':>5s}{'gateways':>10s}{'bounce':>8s}{'goodput':>9s}{'violations':>12s}   best fixed margin")
     for row in rows:
@@ -174,6 +179,12 @@ def robustness(
         line += f"{100 * row['goodput_ratio']:9.2f}{100 * row['violation_ratio']:12.3f}"
         if row.get("best_margin") is not None:
             line += f"   {100 * row['best_goodput']:.2f} at {row['best_margin']}"
+        print(line)
+    print("with batches (0.4 + 0.6 b, modelled): rates, cv, goodput (violations) without and with")
+    for row in batches:
+        line = f"x{row['rate_scale']:<6}{row['cv']:5.1f}"
+        for how in ("plain", "batches"):
+            line += f"{100 * row[how]['goodput_ratio']:9.2f} ({100 * row[how]['violation_ratio']:.2f})"
         print(line)
     for variation, points in drift.items():
         text = ", ".join(f"{t:.0f} s: {100 * v:.2f}%" for t, v in points)

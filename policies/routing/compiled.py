@@ -27,6 +27,9 @@ def _cache_folder() -> str:
         "features",
         "randomness",
         "queueing_model",
+        "arrival_process",
+        "instance_queue",
+        "gateway_views",
         "simulator",
     ):
         source = _HERE / f"{name}.py"

@@ -33,6 +33,56 @@ def depart(now_s: float, i: int, remaining: int, length: Indexable, clear_s: Ind
     clear_s[i] = now_s + remaining * service_s[i]
 
 
+def arrive_batched(
+    now_s: float,
+    i: int,
+    maximum: int,
+    full_s: float,
+    length: Indexable,
+    clear_s: Indexable,
+    added_s: Indexable,
+    serving: Indexable,
+) -> None:
+    """Like `arrive`, for an instance that serves up to `maximum` together, which takes full_s.
+
+    added_s[i]: what one more request adds to clear_s[i]; a rule is given it in place of service_s. Waiting requests
+    are forecast in full batches, also the last one: others may yet join it, and then it takes that long.
+    serving[i]: how many are in service.
+    """
+    length[i] += 1
+    if clear_s[i] < now_s:
+        clear_s[i] = now_s
+    clear_s[i] += added_s[i]
+    if serving[i] == 0:
+        serving[i] = 1
+    added_s[i] = full_s if (length[i] - serving[i]) % maximum == 0 else 0.0
+
+
+def depart_batched(
+    now_s: float,
+    i: int,
+    remaining: int,
+    batch: int,
+    left_s: float,
+    maximum: int,
+    single_s: float,
+    full_s: float,
+    length: Indexable,
+    clear_s: Indexable,
+    added_s: Indexable,
+    serving: Indexable,
+) -> None:
+    """Like `depart`: instance i holds `remaining`, of which `batch` are in service for another left_s."""
+    length[i] = remaining
+    serving[i] = batch
+    waiting = remaining - batch
+    clear_s[i] = now_s + left_s + (waiting + maximum - 1) // maximum * full_s
+    if remaining == 0:
+        added_s[i] = single_s
+    else:
+        added_s[i] = full_s if waiting % maximum == 0 else 0.0
+
+
 def learn_service(i: int, observed_s: float, service_s: Indexable, rate: float) -> None:
     """Move the estimate of instance i's service time towards one observation (exponential smoothing).
 

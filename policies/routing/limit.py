@@ -1,7 +1,8 @@
 """What no router can pass: the best goodput on a workload, computed and not guessed.
 
-Three bounds, for instances of two or more variants with deterministic service times and no batching:
-- `fluid_limit`: rates only; per phase, the heaviest instances serve what their capacity allows, the next ones the rest.
+Three bounds, for instances of one or more variants with deterministic service times:
+- `fluid_limit`: rates only; per phase, the heaviest instances serve what their capacity allows, the next ones the
+  rest. The only one that knows batches.
 - `clairvoyant_limit`: on a trace, knowing all arrivals. Requests all have one requirement, so with equal service
   times on the instances of one variant, taking each request in order of arrival whenever it can still be in time
   serves the largest number (an exchange argument; checked against brute force in the tests). That is an upper bound
@@ -19,14 +20,19 @@ from policies.routing.contract import FloatArray, InstanceKind, RoutingError
 EXACT_LIMIT_REQUESTS = 14
 
 
-def fluid_limit(kinds: Sequence[InstanceKind], phase_rates: Sequence[float]) -> list[float]:
-    """Largest goodput ratio per phase at these arrival rates, if phases lasted for ever and queues were fluid."""
+def fluid_limit(kinds: Sequence[InstanceKind], phase_rates: Sequence[float], each_share: float = 1.0) -> list[float]:
+    """Largest goodput ratio per phase at these arrival rates, if phases lasted for ever and queues were fluid.
+
+    each_share: time per request in the best batch over that of one alone; 1 without batching.
+    """
+    if not each_share > 0.0:
+        raise RoutingError(f"each_share = {each_share}: must be above 0 (1 without batching)")
     order = sorted(kinds, key=lambda k: -k.accuracy)
     ratios = []
     for rate in phase_rates:
         left, goodput = rate, 0.0
         for kind in order:
-            served = min(left, 1.0 / kind.service_s)
+            served = min(left, 1.0 / (each_share * kind.service_s))
             goodput += served * kind.accuracy
             left -= served
         ratios.append(goodput / rate)

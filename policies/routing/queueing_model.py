@@ -164,6 +164,8 @@ STARTED_S, FINISH_S, OWN_SERVICE_S = 0, 1, 2
 # Columns of `State.clock`, float64[E, 4], and of `State.marks`, int64[E, 5].
 NOW_S, SINCE_S, PENDING_S, REWARD = 0, 1, 2, 3
 PHASE, POSITION, REFRESHES, CENTRAL_HEAD, CENTRAL_LENGTH = 0, 1, 2, 3, 4
+# Rows of `State.view_batch`.
+BATCH_ADDED_S, BATCH_SERVING = 0, 1
 
 
 class Settings(NamedTuple):
@@ -181,6 +183,7 @@ class Settings(NamedTuple):
     learn_trust: bool
     refresh_s: float  # age of a gateway's view of the others' load; 0: one exact view
     bounce: bool
+    choose_limits: bool  # batch limits follow `rules.largest_batch`; else they stay as they are
 
 
 class System(NamedTuple):
@@ -215,6 +218,7 @@ class State(NamedTuple):
     view_length: IntArray  # [E, G, n] what each gateway believes
     view_clear_s: FloatArray  # [E, G, n]
     view_service_s: FloatArray  # [E, G, n]
+    view_batch: FloatArray  # [E, G, 2, n], batching only: what one more request adds, and how many are in service
     trust: FloatArray  # [E, G, MARGIN_STATE]
     central: IntArray  # [E, Q, 2] tag and number of the requests in the central queue
     central_s: FloatArray  # [E, Q] their arrival times
@@ -228,6 +232,7 @@ def build(
     seed: int,
     *,
     batching: bool = False,
+    choose_limits: bool = False,
     gateways: int = 1,
     refresh_s: float = 0.0,
     bounce: bool = False,
@@ -268,6 +273,7 @@ def build(
             learn_trust=learn_trust,
             refresh_s=float(refresh_s) if gateways > 1 else 0.0,
             bounce=bounce,
+            choose_limits=choose_limits,
         ),
         kind=np.column_stack([rank, capacity, mean_s, accuracy, service.beta * gain, slow]),
         rank=rank,
@@ -292,6 +298,7 @@ def build(
         view_length=np.zeros((e, g, n), dtype=np.int64),
         view_clear_s=np.zeros((e, g, n)),
         view_service_s=np.tile(mean_s[:, 0], (e, g, 1)),
+        view_batch=np.zeros((e, g, 2, n if batching else 0)),
         trust=np.tile(np.array([margin, *new_margin()[1:]]), (e, g, 1)),
         central=np.zeros((e, places, 2), dtype=np.int64),
         central_s=np.zeros((e, places)),
@@ -300,7 +307,8 @@ def build(
     state.times[:, :, FINISH_S] = np.inf
     state.times[:, :, OWN_SERVICE_S] = mean_s[:, 0]
     if batching:
-        state.limits[:, 1] = BATCH_SIZES[-1]
+        state.limits[:, 1] = 1 if choose_limits else BATCH_SIZES[-1]
+        state.view_batch[:, :, BATCH_ADDED_S] = mean_s[:, 0]
     _place_phases(arrivals, state, seed)
     return system, state
 

@@ -20,6 +20,10 @@ IDLE_SHARE = 0.25
 """`deadline` may use an idle instance whose service time is at most this share of the budget: even if it were
 exponentially distributed, exp(-4) = 1.8% of them would miss, which keeps a promise of 2%."""
 
+BATCH_TURNS = 1.25
+"""`largest_batch` calls a size safe if this many batches of it fit into what forecasts may use: 2 never takes a
+size from which a newcomer may be late, but gives up half of what batching gains (docs/results/routing.md)."""
+
 
 def uniform(
     now_s: float,
@@ -252,6 +256,27 @@ def batch_size(waiting: int, minimum: int, maximum: int) -> int:
     if waiting >= 3:
         return 3
     return 1
+
+
+def largest_batch(single_s: float, three_s: float, five_s: float, length: int, budget_s: float, margin: float) -> int:
+    """The largest batch worth making, of 1, 3 and 5, when these take single_s, three_s and five_s.
+
+    A size pays if it takes less time per request than every smaller one. It is safe if BATCH_TURNS times its time is
+    at most margin * budget_s, what forecasts may use: so a request may still come behind a batch that is well under
+    way. An instance whose `length` requests would take longer than budget_s one by one is late anyhow: there, what
+    pays is enough. The gateway forecasts by this and the worker serves by it.
+    """
+    pressed = length * single_s > budget_s
+    allowed_s = margin * budget_s
+    largest = 1
+    each_s = single_s
+    if three_s < 3.0 * each_s:
+        each_s = three_s / 3.0
+        if pressed or BATCH_TURNS * three_s <= allowed_s:
+            largest = 3
+    if five_s < 5.0 * each_s and (pressed or BATCH_TURNS * five_s <= allowed_s):
+        largest = 5
+    return largest
 
 
 def cannot_finish(now_s: float, deadline_s: float, start_s: float, service_s: float) -> bool:

@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from policies.routing.contract import InstanceKind
-from policies.routing.estimation import FIRST_MARGIN, arrive, depart, learn_margin, learn_service, new_margin
+from policies.routing.estimation import (
+    FIRST_MARGIN,
+    arrive,
+    arrive_batched,
+    depart,
+    depart_batched,
+    learn_margin,
+    learn_service,
+    new_margin,
+)
 from policies.routing.queueing_model import ARRIVED, IN_TIME, LATE, ServiceModel, build, markovian, paper_arrivals
 from policies.routing.scores import scores_of
 from policies.routing.simulator import run_rule
@@ -22,6 +31,37 @@ def test_sends_and_answers_move_the_forecast() -> None:
     depart(1.12, 0, 1, length, clear_s, service_s)
     assert length == [1, 0]
     assert clear_s[0] == pytest.approx(1.22)
+
+
+@pytest.mark.parametrize("maximum", [1, 3, 5])
+def test_batched_forecasts_count_full_batches(maximum: int) -> None:
+    """Against the plain statement: what is in service, then every batch that has begun to fill, taken as full."""
+    one_s, full_s, left_s = 0.04, {1: 0.04, 3: 0.09, 5: 0.13}[maximum], 0.02
+    for remaining in range(9):
+        batch = min(remaining, maximum)
+        length, clear_s, added_s, serving = [0], [0.0], [one_s], [0]
+        depart_batched(
+            1.0,
+            0,
+            remaining,
+            batch,
+            left_s if batch else 0.0,
+            maximum,
+            one_s,
+            full_s,
+            length,
+            clear_s,
+            added_s,
+            serving,
+        )
+        for sent in range(1, 8):
+            foreseen_s = clear_s[0] + added_s[0] - 1.0
+            arrive_batched(1.0, 0, maximum, full_s, length, clear_s, added_s, serving)
+            in_service, left = (1, one_s) if remaining == 0 else (batch, left_s)
+            waiting = remaining + sent - in_service
+            assert foreseen_s == pytest.approx(left + -(-waiting // maximum) * full_s)
+            assert clear_s[0] == pytest.approx(1.0 + foreseen_s)
+            assert length == [remaining + sent]
 
 
 def test_service_estimate_converges() -> None:
@@ -65,6 +105,21 @@ def test_deadline_is_at_the_limit_without_tuning(cv: float, goodput: float) -> N
     even = scores_of(state.tally.sum(axis=0), ("bursty", "normal"))["overall_50_50"]
     assert even.goodput_ratio > goodput
     assert even.violation_ratio < (0.001 if cv == 0.0 else 0.02)
+
+
+@pytest.mark.parametrize(("scale", "cv", "goodput"), [(1.0, 0.0, 0.8115), (1.0, 0.3, 0.807), (1.5, 0.0, 0.807)])
+def test_deadline_with_batches_passes_the_limit_without_them(scale: float, cv: float, goodput: float) -> None:
+    service = ServiceModel(KINDS, law="gamma", cv=cv)
+    scores = {}
+    for batching in (False, True):
+        system, state = build(
+            service, paper_arrivals(scale), 8, 5,
+            learn_trust=True, learn_rate=0.02, batching=batching, choose_limits=batching,
+        )  # fmt: skip
+        run_rule(system, state, "deadline", 4000.0)
+        scores[batching] = scores_of(state.tally.sum(axis=0), ("bursty", "normal"))["overall_50_50"]
+    assert goodput < scores[True].goodput_ratio > scores[False].goodput_ratio
+    assert scores[True].violation_ratio < 0.005
 
 
 def test_deadline_recovers_within_30_s_when_heavy_service_grows_by_half() -> None:

@@ -54,6 +54,14 @@ def test_fluid_limit_on_the_papers_workload() -> None:
     assert normal == pytest.approx(0.8278)
 
 
+def test_fluid_limit_with_batches_of_five() -> None:
+    bursty, normal = fluid_limit(PAPER_KINDS, (180.0, 10.0), each_share=3.4 / 5.0)
+    assert bursty == pytest.approx(0.7769 + (0.8278 - 0.7769) * (2 * 5 / (3.4 * 0.043)) / 180)
+    assert normal == pytest.approx(0.8278)
+    with pytest.raises(RoutingError, match="each_share"):
+        fluid_limit(PAPER_KINDS, (180.0,), each_share=0.0)
+
+
 def test_an_empty_trace_has_no_limit() -> None:
     with pytest.raises(RoutingError, match="empty"):
         clairvoyant_limit(np.zeros(0), PAPER_KINDS, 0.3)

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policies.routing.contract import HOLD, REJECT
-from policies.routing.rules import RULES, batch_size, cannot_finish, deadline, heavy_only, light_only, single_queue
+from policies.routing.rules import (
+    RULES,
+    batch_size,
+    cannot_finish,
+    deadline,
+    heavy_only,
+    largest_batch,
+    light_only,
+    single_queue,
+)
 
 HEAVY_S, LIGHT_S = 0.043, 0.0115
 
@@ -96,6 +105,24 @@ def test_deadline_spreads_ties_by_the_draw() -> None:
 )
 def test_batches_follow_section_5_2_2(waiting: int, minimum: int, maximum: int, size: int) -> None:
     assert batch_size(waiting, minimum, maximum) == size
+
+
+@pytest.mark.parametrize(
+    ("times_s", "length", "margin", "size"),
+    [
+        ((0.043, 0.0946, 0.1462), 1, 1.0, 5),  # 1.25 x 0.1462 fits into 0.3
+        ((0.043, 0.0946, 0.1462), 1, 0.6, 3),
+        ((0.043, 0.0946, 0.1462), 1, 0.3, 1),
+        ((0.043, 0.0946, 0.1462), 7, 0.3, 5),  # seven one by one are late anyhow
+        ((0.043, 0.129, 0.215), 7, 1.0, 1),  # batches that save nothing
+        ((0.043, 0.09, 0.16), 1, 1.0, 3),  # five save less than three
+        ((0.043, 0.14, 0.15), 1, 1.0, 5),  # three save nothing, five do
+    ],
+)
+def test_the_largest_batch_pays_and_is_safe(
+    times_s: tuple[float, float, float], length: int, margin: float, size: int
+) -> None:
+    assert largest_batch(*times_s, length, 0.3, margin) == size
 
 
 def test_expiry_is_about_certain_misses_only() -> None:
