@@ -164,7 +164,7 @@ def robustness(
                     r = measure.several_gateways(cv, gateways, bounce, slots=slots, seed=seed)
                     about = {"law": "gamma", "cv": cv, "gateways": gateways, "bounce": bounce}
                     rows.append({**about, **r.learned.as_dict()})
-        batches = []
+        batches: list[dict[str, Any]] = []
         for scale in (1.0, 1.25, 1.5):
             for cv in (0.0, 0.1, 0.3, 0.5, 1.0):
                 plain, batched = measure.batches(scale, cv, slots=slots, seed=seed)
