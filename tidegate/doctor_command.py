@@ -71,7 +71,8 @@ def examine(file: Path | None, board: str, port: int | None, catalog: list[Path]
             deployment = read_deployment(file)
             findings.append(Finding("deployment", OK, f"{deployment.name} ({file})"))
         except DeploymentError as error:
-            findings.append(Finding("deployment", PROBLEM, str(error), "correct the file: docs/guide.md describes it"))
+            remedy = "correct that key in the file: docs/guide.md says what each key may be"
+            findings.append(Finding("deployment", PROBLEM, str(error), remedy))
     devices = {worker.device for worker in deployment.workers} if deployment else set()
     host = deployment.gateway.host if deployment else "127.0.0.1"
     chosen = port or (deployment.gateway.port if deployment else 8700)

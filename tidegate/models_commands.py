@@ -7,6 +7,7 @@ from typing import Annotated
 
 import msgspec
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
@@ -16,6 +17,8 @@ from models.profiles import Profile, write_profiles
 
 app = typer.Typer(no_args_is_help=True, help="The variants that can be served: list, measure, export.")
 
+WIDE_TERMINAL = 100
+_PIPE_WIDTH = 160
 _notes = Console(stderr=True)
 
 Folders = Annotated[
@@ -36,16 +39,22 @@ def list_variants(catalog: Folders = [], as_json: AsJson = False) -> None:  # no
     if as_json:
         print(msgspec.json.encode({"variants": [_summary(variant) for variant in variants.values()]}).decode())
         return
-    table = Table(Column("variant", no_wrap=True), "service", "runtime", "input", "classes", "accuracy", "of", "file")
+    console = Console()
+    wide = console.width >= WIDE_TERMINAL or not console.is_terminal
+    names = ("variant", "service", "accuracy", *(("runtime", "input") if wide else ()))
+    columns = [Column(name, no_wrap=True) for name in names]
+    table = Table(*columns, Column("file", overflow="fold"), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for variant in variants.values():
         summary = _summary(variant)
-        accuracy = "" if summary["accuracy"] is None else f"{summary['accuracy']:.4f}"
+        known = summary["accuracy"] is not None
+        accuracy = f"{summary['accuracy']:.4f} {variant.accuracy.source}" if known else "unknown"
         shape = "x".join(str(length) for length in variant.input.shape)
-        source, found = variant.accuracy.source, _shown_file(variant) if summary["available"] else "not exported yet"
-        table.add_row(
-            variant.name, variant.service, variant.runtime, shape, str(variant.classes), accuracy, source, found
-        )
-    Console().print(table)
+        found = _shown_file(variant) if summary["available"] else "not exported yet"
+        further = (variant.runtime, shape) if wide else ()
+        table.add_row(variant.name, variant.service, accuracy, *further, found)
+    if not console.is_terminal:
+        console.width = max(console.width, _PIPE_WIDTH)
+    console.print(table)
 
 
 @app.command()
@@ -127,7 +136,7 @@ def export(
 def _shown_file(variant: Variant) -> str:
     """Its file as a person would type it, from where they are; an emulated one has none."""
     if variant.runtime == "emulated":
-        return "none needed"
+        return "–"
     path = Path(variant.path)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
@@ -169,6 +178,7 @@ def _summary(variant: Variant) -> dict[str, object]:
         "accuracy": variant.accuracy.value,
         "accuracy_source": variant.accuracy.source,
         "available": variant.runtime == "emulated" or Path(variant.path).is_file(),
+        "file": "" if variant.runtime == "emulated" else variant.path,
         "description": variant.description,
     }
 

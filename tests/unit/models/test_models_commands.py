@@ -53,3 +53,15 @@ def test_mistakes_are_named_with_status_2(tmp_path: Path) -> None:
     assert unknown.exit_code == 2
     assert "choose from" in unknown.stderr
     assert unknown.stdout == ""
+
+
+def test_the_list_shows_where_each_file_is() -> None:
+    listed = runner.invoke(app, ["list"])
+    assert listed.exit_code == 0
+    rows = {line.split()[0]: line.split() for line in listed.stdout.splitlines() if line.strip()}
+    assert rows["digits_heavy"][-1].endswith("digits_heavy/1/model.onnx")
+    assert Path(rows["digits_heavy"][-1]).is_file()
+    assert rows["pnasnet5large_t4"][-1] == "–", "an emulated variant has no file"
+    variants = json.loads(runner.invoke(app, ["list", "--json"]).stdout)["variants"]
+    files = {one["name"]: one["file"] for one in variants}
+    assert (Path(files["digits_light"]).is_file(), files["null"]) == (True, "")

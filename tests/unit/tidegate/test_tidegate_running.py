@@ -64,7 +64,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
 
     monkeypatch.setattr(running, "time", Clock)
-    monkeypatch.setattr(running.asyncio, "sleep", at_once)
+    monkeypatch.setattr(asyncio, "sleep", at_once)
 
 
 def test_a_router_is_set_once_it_routes() -> None:
