@@ -53,6 +53,8 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     std: tuple[float, ...] = (1.0,)
     colour: Literal["rgb", "bgr", "gray"] = "rgb"
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    resizer: Literal["pillow", "simd"] = "pillow"  # see `resizing.py`
+    decoder: Literal["cpu", "device"] = "cpu"  # of JPEGs; see `device_decode.py`
 
 
 class Accuracy(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -143,6 +145,12 @@ def load_catalog(folders: Iterable[Path] = ()) -> dict[str, Variant]:
             found[variant.name] = variant
             origin[variant.name] = file
     return found
+
+
+def kind_and_index(device: str) -> tuple[str, int]:
+    """ "cuda:1" as ("cuda", 1); without a number, the first one."""
+    kind, _, index = device.partition(":")
+    return kind, int(index) if index.isdecimal() else 0
 
 
 def _labels(given: object, where: str, folder: Path) -> object:

@@ -111,7 +111,7 @@ def build(source: Source, weights: str, seed: int) -> tuple[Any, dict[str, Any]]
         import timm
         from timm.data.config import resolve_data_config
     except ImportError as error:
-        remedy = 'pip install -e ".[export]"; then: pip install --no-deps torchvision==0.28.0 timm'
+        remedy = 'pip install -e ".[train]"; then: pip install --no-deps torchvision==0.28.0 timm'
         raise VariantError("export", "package", error.name, remedy) from error
     torch.manual_seed(seed)
     try:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from models.catalog import Variant, VariantError
+from models.device_decode import open_decoder
 from models.preprocess import MAX_PIXELS, Prepared, prepare
 from models.runtime import Answer, blank_tensor, check_file, stacked, to_answers
 
@@ -20,11 +21,12 @@ class OpenvinoRuntime:
     ) -> None:
         self.variant = variant
         self._max_pixels = max_pixels
+        self._decoder = open_decoder(variant, device)
         self._request: Any = _compile(variant, device, threads).create_infer_request()
 
     def prepare(self, payload: bytes, content_type: str) -> Prepared:
         """Decode and preprocess one request body. Raises `InvalidInput`."""
-        return prepare(payload, content_type, self.variant, self._max_pixels)
+        return prepare(payload, content_type, self.variant, self._max_pixels, self._decoder)
 
     def execute(self, batch: Sequence[Prepared]) -> list[Answer]:
         """Answers in order."""

@@ -15,18 +15,14 @@ import simplejpeg
 from PIL import Image
 
 from models.catalog import TENSOR_CONTENT_TYPE, Preprocess, Variant
+from models.device_decode import DeviceDecoder
+from models.resizing import Pixels, resized
 
 MAX_PIXELS = 32_000_000  # larger than most cameras' pictures; about 100 MB as RGB
 
 _ACCEPTED = frozenset({"", "image/jpeg", "image/jpg", "image/png", "image/*", "application/octet-stream"})
 _PNG = b"\x89PNG\r\n\x1a\n"
 _JPEG = b"\xff\xd8\xff"
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-}
-
 Tensor = npt.NDArray[np.float32] | npt.NDArray[np.float16]
 
 
@@ -46,18 +42,30 @@ class Prepared(msgspec.Struct, frozen=True, eq=False):
     label: int = 0
 
 
-def prepare(payload: bytes, content_type: str, variant: Variant, max_pixels: int = MAX_PIXELS) -> Prepared:
-    """Decode and preprocess one request body for `variant`. Raises `InvalidInput`."""
+def prepare(
+    payload: bytes,
+    content_type: str,
+    variant: Variant,
+    max_pixels: int = MAX_PIXELS,
+    decoder: DeviceDecoder | None = None,
+) -> Prepared:
+    """Decode (JPEGs by `decoder` if there is one) and preprocess one body for `variant`. Raises `InvalidInput`."""
     if content_type.partition(";")[0].strip().lower() == TENSOR_CONTENT_TYPE:
         return Prepared(tensor=_tensor(payload, variant))
-    pixels = decode(payload, content_type, variant.preprocess.colour, max_pixels)
+    pixels = decode(payload, content_type, variant.preprocess.colour, max_pixels, decoder)
     array = to_input(pixels, variant.preprocess, variant.input.shape)
     if variant.input.dtype == "float16":
         return Prepared(tensor=array.astype(np.float16))
     return Prepared(tensor=array)
 
 
-def decode(payload: bytes, content_type: str, colour: str, max_pixels: int = MAX_PIXELS) -> npt.NDArray[np.uint8]:
+def decode(
+    payload: bytes,
+    content_type: str,
+    colour: str,
+    max_pixels: int = MAX_PIXELS,
+    decoder: DeviceDecoder | None = None,
+) -> Pixels:
     """Pixels of a JPEG or PNG, [height, width, 3], or [height, width] when `colour` is "gray".
 
     The bytes decide between JPEG and PNG; the content type only has to be one that can carry them.
@@ -68,20 +76,15 @@ def decode(payload: bytes, content_type: str, colour: str, max_pixels: int = MAX
     if not payload:
         raise InvalidInput("the body is empty: send a JPEG or PNG image")
     if payload.startswith(_JPEG):
-        return _decode_jpeg(payload, colour, max_pixels)
+        return _decode_jpeg(payload, colour, max_pixels, decoder)
     if payload.startswith(_PNG):
         return _decode_png(payload, colour, max_pixels)
     raise InvalidInput("the body is neither a JPEG nor a PNG image")
 
 
-def to_input(pixels: npt.NDArray[np.uint8], how: Preprocess, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+def to_input(pixels: Pixels, how: Preprocess, shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
     """Resize, crop and normalise `pixels` ([h, w] or [h, w, 3], uint8) to a contiguous float32 `shape`."""
-    height, width = shape[1:]
-    if how.crop == "centre":
-        pixels = _resize_and_crop(pixels, how, height, width)
-    elif pixels.shape[:2] != (height, width):
-        image = Image.fromarray(pixels).resize((width, height), _FILTERS[how.interpolation])
-        pixels = np.asarray(image)
+    pixels = resized(pixels, how, *shape[1:])
     if pixels.ndim == 2:
         pixels = pixels[:, :, np.newaxis]
     if how.colour == "bgr":
@@ -94,29 +97,6 @@ def to_input(pixels: npt.NDArray[np.uint8], how: Preprocess, shape: tuple[int, i
     return array
 
 
-def _resize_and_crop(pixels: npt.NDArray[np.uint8], how: Preprocess, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """The centre crop of the resized picture, computed without the pixels that the crop would throw away.
-
-    Sizes are rounded as torchvision and timm round them. Rows first and columns second, as Pillow does for a
-    whole picture: the order shows in the rounding of the step between.
-    """
-    source_height, source_width = pixels.shape[:2]
-    if source_width <= source_height:
-        scaled_width, scaled_height = how.resize, int(how.resize * source_height / source_width)
-    else:
-        scaled_width, scaled_height = int(how.resize * source_width / source_height), how.resize
-    x, y = source_width / scaled_width, source_height / scaled_height  # source pixels per scaled pixel
-    left, top = round((scaled_width - width) / 2.0), round((scaled_height - height) / 2.0)
-    reach = 2.0 * max(y, 1.0) + 1.0  # how far a filter looks up and down, in source pixels
-    first = max(0, math.floor(top * y - reach))
-    last = min(source_height, math.ceil((top + height) * y + reach))
-    chosen = _FILTERS[how.interpolation]
-    image = Image.fromarray(pixels[first:last])
-    rows = image.resize((width, last - first), chosen, box=(left * x, 0, (left + width) * x, last - first))
-    box = (0, top * y - first, width, (top + height) * y - first)
-    return np.asarray(rows.resize((width, height), chosen, box=box))
-
-
 def _limit(width: int, height: int, max_pixels: int) -> None:
     if width < 1 or height < 1:
         raise InvalidInput(f"the image is {width} x {height} pixels: it has no content")
@@ -124,27 +104,25 @@ def _limit(width: int, height: int, max_pixels: int) -> None:
         raise InvalidInput(f"the image is {width} x {height} pixels: at most {max_pixels} are accepted", 413)
 
 
-def _decode_jpeg(payload: bytes, colour: str, max_pixels: int) -> npt.NDArray[np.uint8]:
+def _decode_jpeg(payload: bytes, colour: str, max_pixels: int, decoder: DeviceDecoder | None) -> Pixels:
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(payload)
     except ValueError as error:
         raise InvalidInput(f"the JPEG image cannot be read ({error})") from error
     _limit(width, height, max_pixels)
-    if space not in (
-        "YCbCr",
-        "Gray",
-        "RGB",
-    ):  # CMYK, from print work: rare
+    if space not in ("YCbCr", "Gray", "RGB"):  # CMYK, from print work: rare
         return _decode_with_pillow(payload, "JPEG", colour)
+    if decoder is not None and (found := decoder.decode(payload, colour)) is not None:
+        return found
     try:
         wanted = "GRAY" if colour == "gray" else "RGB"
-        pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(payload, colorspace=wanted)
+        pixels: Pixels = simplejpeg.decode_jpeg(payload, colorspace=wanted)
     except ValueError as error:
         raise InvalidInput(f"the JPEG image is damaged or cut short ({error})") from error
     return pixels[:, :, 0] if colour == "gray" else pixels
 
 
-def _decode_png(payload: bytes, colour: str, max_pixels: int) -> npt.NDArray[np.uint8]:
+def _decode_png(payload: bytes, colour: str, max_pixels: int) -> Pixels:
     if len(payload) < 24 or payload[12:16] != b"IHDR":
         raise InvalidInput("the PNG image has no header")
     width, height = struct.unpack(">II", payload[16:24])
@@ -152,7 +130,7 @@ def _decode_png(payload: bytes, colour: str, max_pixels: int) -> npt.NDArray[np.
     return _decode_with_pillow(payload, "PNG", colour)
 
 
-def _decode_with_pillow(payload: bytes, kind: str, colour: str) -> npt.NDArray[np.uint8]:
+def _decode_with_pillow(payload: bytes, kind: str, colour: str) -> Pixels:
     try:
         with Image.open(io.BytesIO(payload), formats=(kind,)) as image:
             whole: Image.Image = image

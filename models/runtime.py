@@ -6,6 +6,7 @@
 `torch_runtime.py`, `openvino_runtime.py`), and only when a variant asks for it.
 """
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -18,6 +19,8 @@ from models.catalog import Emulation, Variant, VariantError
 from models.preprocess import MAX_PIXELS, InvalidInput, Prepared, Tensor
 
 LABEL_PREFIX = b"tidegate-label:"
+GPU_BATCHES = (1, 3, 5, 8)
+"""Batch sizes that GPUs prepare for (kernels, engines, graphs); others are filled up to the next, or split."""
 
 
 class Answer(msgspec.Struct, frozen=True, eq=False):
@@ -60,12 +63,15 @@ class Runtime(Protocol):
 def open_runtime(
     variant: Variant, *, device: str = "cpu", threads: int = 1, seed: int = 0, max_pixels: int = MAX_PIXELS
 ) -> Runtime:
-    """Load `variant` on `device`. Raises `VariantError` if the file, the device or the package is missing.
+    """Load `variant` on `device` ("cpu", "cuda", "tensorrt"; "cuda:1" for the second GPU).
+
+    Raises `VariantError` if the file, the device or a package is missing.
 
     `threads` is the number of CPU threads inside one inference; `seed` drives an emulated variant's draws.
     """
     if variant.runtime == "emulated":
         return EmulatedRuntime(variant, seed=seed)
+    check_resizer(variant)
     if variant.runtime == "torch":
         from models.torch_runtime import TorchRuntime
 
@@ -161,11 +167,34 @@ def stacked(batch: Sequence[Prepared]) -> Tensor:
     return cast(Tensor, np.stack(tensors))
 
 
+def gpu_batches(images: Tensor) -> list[Tensor]:
+    """`images` in parts of at most the largest of `GPU_BATCHES`."""
+    largest = GPU_BATCHES[-1]
+    return [images[start : start + largest] for start in range(0, len(images), largest)]
+
+
+def filled(images: Tensor) -> Tensor:
+    """`images`, with zeros up to the next of `GPU_BATCHES`."""
+    size = min(size for size in GPU_BATCHES if size >= len(images))
+    if size == len(images):
+        return images
+    whole = np.zeros((size, *images.shape[1:]), dtype=images.dtype)
+    whole[: len(images)] = images
+    return whole
+
+
 def check_file(variant: Variant) -> None:
     """Raises `VariantError` unless the variant's file is there."""
     if not Path(variant.path).is_file():
         remedy = "no such file; `tidegate models export` makes the built-in ImageNet models"
         raise VariantError(variant.name, "path", variant.path, remedy)
+
+
+def check_resizer(variant: Variant) -> None:
+    """Raises `VariantError` unless the package that its `preprocess.resizer` needs is there."""
+    if variant.preprocess.resizer == "simd" and importlib.util.find_spec("cykooz_resizer") is None:
+        remedy = 'pip install "tidegate[simd]", or leave it out for Pillow'
+        raise VariantError(variant.name, "preprocess.resizer", "simd", remedy)
 
 
 def to_answers(outputs: npt.NDArray[np.floating], variant: Variant) -> list[Answer]:

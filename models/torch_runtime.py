@@ -10,11 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from models.catalog import Variant, VariantError
+from models.catalog import Variant, VariantError, kind_and_index
+from models.device_decode import open_decoder
 from models.preprocess import MAX_PIXELS, Prepared, Tensor, prepare
-from models.runtime import Answer, blank_tensor, check_file, stacked, to_answers
-
-GRAPH_SIZES = (1, 3, 5, 8)
+from models.runtime import (
+    GPU_BATCHES,
+    Answer,
+    blank_tensor,
+    check_file,
+    gpu_batches,
+    stacked,
+    to_answers,
+)
 
 
 class TorchRuntime:
@@ -25,12 +32,13 @@ class TorchRuntime:
     ) -> None:
         self.variant = variant
         self._max_pixels = max_pixels
+        self._decoder = open_decoder(variant, device)
         self._module, self._device = _load(variant, device, threads)
         self._graphs: dict[int, _Graph] = {}
 
     def prepare(self, payload: bytes, content_type: str) -> Prepared:
         """Decode and preprocess one request body. Raises `InvalidInput`."""
-        return prepare(payload, content_type, self.variant, self._max_pixels)
+        return prepare(payload, content_type, self.variant, self._max_pixels, self._decoder)
 
     def execute(self, batch: Sequence[Prepared]) -> list[Answer]:
         """Answers in order."""
@@ -38,18 +46,24 @@ class TorchRuntime:
         if self._device == "cpu":
             return to_answers(_forward(self.variant, self._module, _tensor(images)).numpy(), self.variant)
         answers: list[Answer] = []
-        for start in range(0, len(images), GRAPH_SIZES[-1]):
-            part = images[start : start + GRAPH_SIZES[-1]]
-            size = min(size for size in GRAPH_SIZES if size >= len(part))
-            if size not in self._graphs:
-                self._graphs[size] = _Graph(self.variant, self._module, size)
-            answers += to_answers(self._graphs[size].run(part), self.variant)
+        with self._current_device():
+            for part in gpu_batches(images):
+                size = min(size for size in GPU_BATCHES if size >= len(part))
+                if size not in self._graphs:
+                    self._graphs[size] = _Graph(self.variant, self._module, size, self._device)
+                answers += to_answers(self._graphs[size].run(part), self.variant)
         return answers
+
+    def _current_device(self) -> Any:
+        """Streams and events belong to a thread's current GPU: make it ours."""
+        import torch
+
+        return torch.cuda.device(self._device)
 
     def warm_up(self) -> None:
         """Run once, or record the graph of every batch size."""
         blank = Prepared(tensor=blank_tensor(self.variant))
-        for size in (1,) if self._device == "cpu" else GRAPH_SIZES:
+        for size in (1,) if self._device == "cpu" else GPU_BATCHES:
             self.execute([blank] * size)
 
     def close(self) -> None:
@@ -61,12 +75,12 @@ class TorchRuntime:
 class _Graph:
     """A recorded forward pass for one batch size, with pinned host and fixed device buffers."""
 
-    def __init__(self, variant: Variant, module: Any, size: int) -> None:
+    def __init__(self, variant: Variant, module: Any, size: int, device: str) -> None:
         import torch
 
         shape = (size, *variant.input.shape)
         self._host = torch.zeros(shape).pin_memory()
-        self._input = torch.zeros(shape, device="cuda").contiguous(memory_format=torch.channels_last)
+        self._input = torch.zeros(shape, device=device).contiguous(memory_format=torch.channels_last)
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -74,7 +88,8 @@ class _Graph:
                 output = _forward(variant, module, self._input)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # "thread_local": other threads may decode on the same GPU meanwhile, which a recording would else forbid.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._output = _forward(variant, module, self._input)
         self._answers = torch.empty(output.shape, dtype=output.dtype).pin_memory()
         self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -117,20 +132,23 @@ def _load(variant: Variant, device: str, threads: int) -> tuple[Any, str]:
     except ImportError as error:
         remedy = 'pip install "tidegate[train]", or set runtime = "onnxruntime"'
         raise VariantError(variant.name, "runtime", "torch", remedy) from error
-    if device not in ("cpu", "cuda"):
+    kind, index = kind_and_index(device)
+    if kind not in ("cpu", "cuda"):
         raise VariantError(variant.name, "device", device, 'choose "cpu" or "cuda" for runtime "torch"')
-    if device == "cuda" and not torch.cuda.is_available():
-        remedy = f'torch {torch.__version__} sees no GPU: check the driver, or set device = "cpu"'
+    if kind == "cuda" and not (torch.cuda.is_available() and index < torch.cuda.device_count()):
+        count = torch.cuda.device_count()
+        remedy = f'torch {torch.__version__} sees {count or "no"} GPU(s): check the driver, or set device = "cpu"'
         raise VariantError(variant.name, "device", device, remedy)
-    if device == "cpu":
+    if kind == "cpu":
         torch.set_num_threads(threads)
     else:
+        device = f"cuda:{index}"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     try:
         program = torch.export.load(variant.path)
-        if device == "cuda":
-            program = move_to_device_pass(program, "cuda")
+        if kind == "cuda":
+            program = move_to_device_pass(program, device)
         module = program.module()
     except Exception as error:  # zip, JSON and torch errors: all mean that the file is not such a program
         remedy = f"is not a program saved by torch.export ({str(error)[:200]})"

@@ -24,7 +24,7 @@ import msgspec
 from protocol.records import ONE_GATEWAY_ROUTERS, Deployment, InstanceSpec, ServiceSpec, WorkerSpec
 
 T = TypeVar("T")
-DEVICES = ("cpu", "cuda", "tensorrt")
+_DEVICE = re.compile(r"cpu|(cuda|tensorrt)(:\d{1,3})?")
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
@@ -139,8 +139,8 @@ def check_deployment(deployment: Deployment) -> str:
                 f"{where}: two [[workers]] have this name; give each its own, as {_unused(worker.name, deployment)!r}"
             )
         seen.add(worker.name)
-        if worker.device not in DEVICES:
-            return f"{where}.device = {worker.device!r}: must be one of {', '.join(DEVICES)}"
+        if not _DEVICE.fullmatch(worker.device):
+            return f"{where}.device = {worker.device!r}: must be cpu, cuda or tensorrt (cuda:1 is the second GPU)"
         if worker.threads < 1:
             return f"{where}.threads = {worker.threads}: must be at least 1"
         if worker.memory_mb is not None and not worker.memory_mb > 0:

@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from models.catalog import Input, Variant, VariantError
-from models.onnx_runtime import _Bindings, _providers
+from models.onnx_runtime import _Bindings
 from models.preprocess import Prepared
 from models.runtime import Answer, open_runtime
 
@@ -136,17 +136,3 @@ def test_bound_buffers_give_each_batch_its_own_answers(tmp_path: Path) -> None:
     for start, size in ((0, 3), (3, 1), (2, 3), (0, 1), (5, 3)):
         images = IMAGES[start : start + size]
         assert bindings.run(images) == pytest.approx(images.reshape(size, -1) @ WEIGHTS, abs=1e-4)
-
-
-def test_tensorrt_engines_cover_the_batches_and_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIDEGATE_ENGINE_CACHE", str(tmp_path / "engines"))
-    variant = Variant(name="v", service="s", runtime="onnxruntime", path="x", labels=("a",), precision="float16")
-    first, second, last = _providers(variant, "tensorrt")
-    assert isinstance(first, tuple)
-    name, options = first
-    assert name == "TensorrtExecutionProvider"
-    assert options["trt_fp16_enable"] == "1"
-    assert options["trt_profile_max_shapes"] == "input:8x3x224x224"
-    assert Path(options["trt_engine_cache_path"]).is_dir()
-    assert second[0] == "CUDAExecutionProvider"
-    assert last == "CPUExecutionProvider"

@@ -78,6 +78,7 @@ def test_the_shipped_deployments_are_good(path: Path) -> None:
         ('name = "a"', 'name = "../a"', ("'../a'", "a-z")),
         ('variant = "heavy"', 'variant = "hevy"', ("'hevy'", "belongs to no service", "did you mean 'heavy'?")),
         ("requirement_ms = 250", "requirement_ms = 250\nrouters = 'x'", ("no such key", "did you mean 'router'?")),
+        ('name = "a"', 'name = "a"\ndevice = "cuda:b"', ("device = 'cuda:b'", "cuda:1 is the second GPU")),
         ('name = "a"', 'name = "a"\nthreads = 0', ("threads = 0", "at least 1")),
         ('name = "a"', 'name = "a"\nmemory_mb = -5', ("memory_mb = -5", "above 0")),
         ("capacity = 5", "capacity = 0", ("capacity = 0", "from 1")),

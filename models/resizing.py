@@ -1,0 +1,112 @@
+"""From a picture to the model's height and width: stretch, or resize and cut out the centre.
+
+Two ways, chosen by `preprocess.resizer` of an entry:
+
+    "pillow"  the very operations that torchvision and timm do: their pixels bit for bit (the default)
+    "simd"    the same filters in vector instructions (package cykooz-resizer): about a fifth of the time; one value
+              in 300 differs by a level of 255, rarely by two
+
+Both go along one axis and then the other, with whole levels in between.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from models.catalog import Preprocess
+
+Pixels = npt.NDArray[np.uint8]
+"""[height, width] or [height, width, 3]."""
+
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
+_LARGEST_WHOLE = 8  # times the cut's pixels
+_REACH = 2.0  # of the widest filter, in scaled pixels to either side
+
+
+class Frame(NamedTuple):
+    """The whole picture's size after scaling, and where in it the cut begins (all in pixels)."""
+
+    width: int
+    height: int
+    left: int
+    top: int
+
+
+def resized(pixels: Pixels, how: Preprocess, height: int, width: int) -> Pixels:
+    """`pixels` brought to `height` x `width` as `how` says. Raises `ImportError` if its resizer is not installed."""
+    if how.crop == "none" and pixels.shape[:2] == (height, width):
+        return pixels
+    frame = frame_of(pixels.shape[1], pixels.shape[0], how, height, width)
+    if how.resizer == "simd" and how.interpolation != "nearest":
+        return _with_simd(pixels, how, frame, height, width)
+    return _with_pillow(pixels, how, frame, height, width)
+
+
+def frame_of(source_width: int, source_height: int, how: Preprocess, height: int, width: int) -> Frame:
+    """Sizes and places rounded as torchvision and timm round them."""
+    if how.crop == "none":
+        return Frame(width, height, 0, 0)
+    if source_width <= source_height:
+        scaled_width, scaled_height = how.resize, int(how.resize * source_height / source_width)
+    else:
+        scaled_width, scaled_height = int(how.resize * source_width / source_height), how.resize
+    return Frame(
+        scaled_width,
+        scaled_height,
+        round((scaled_width - width) / 2.0),
+        round((scaled_height - height) / 2.0),
+    )
+
+
+def _rows_needed(frame: Frame, source_height: int, height: int) -> tuple[int, int]:
+    """The source's rows that the cut depends on, as [first, last)."""
+    scale = source_height / frame.height  # source pixels per scaled pixel
+    reach = _REACH * max(scale, 1.0) + 1.0
+    first = max(0, math.floor(frame.top * scale - reach))
+    return first, min(source_height, math.ceil((frame.top + height) * scale + reach))
+
+
+def _with_pillow(pixels: Pixels, how: Preprocess, frame: Frame, height: int, width: int) -> Pixels:
+    """Pillow's resize of the whole picture, then the cut.
+
+    Pillow can resize only a part (its `box`) in two thirds of the time, but rounds the part's corners to float32,
+    and chooses the order of rows and columns anew: some values turn by a level. So that is left to pictures that are
+    so thin that their whole would be many times the cut: one pixel by a million must not become gigabytes.
+    """
+    chosen = _FILTERS[how.interpolation]
+    if frame.width * frame.height <= _LARGEST_WHOLE * width * height:
+        whole = Image.fromarray(pixels).resize((frame.width, frame.height), chosen)
+        return np.asarray(whole)[frame.top : frame.top + height, frame.left : frame.left + width]
+    source_height, source_width = pixels.shape[:2]
+    first, last = _rows_needed(frame, source_height, height)
+    x, y = source_width / frame.width, source_height / frame.height  # source pixels per scaled pixel
+    box = (frame.left * x, frame.top * y - first, (frame.left + width) * x, (frame.top + height) * y - first)
+    return np.asarray(Image.fromarray(pixels[first:last]).resize((width, height), chosen, box=box))
+
+
+def _with_simd(pixels: Pixels, how: Preprocess, frame: Frame, height: int, width: int) -> Pixels:
+    import cykooz_resizer as simd
+
+    source_height, source_width = pixels.shape[:2]
+    first, last = _rows_needed(frame, source_height, height)
+    kind = simd.PixelType.U8 if pixels.ndim == 2 else simd.PixelType.U8x3
+    law = {"bilinear": simd.FilterType.bilinear, "bicubic": simd.FilterType.catmull_rom}[how.interpolation]
+    algorithm, resizer = simd.ResizeAlg.convolution(law), simd.Resizer()
+    x, y = source_width / frame.width, source_height / frame.height
+
+    def step(source: "simd.ImageData", to: tuple[int, int], box: "simd.CropBox") -> "simd.ImageData":
+        target = simd.ImageData(*to, kind)
+        resizer.resize(source, target, simd.ResizeOptions(resize_alg=algorithm, use_alpha=False, crop_box=box))
+        return target
+
+    image = simd.ImageData(source_width, last - first, kind, pixels[first:last].tobytes())
+    columns = step(image, (width, last - first), simd.CropBox(frame.left * x, 0, width * x, last - first))
+    rows = step(columns, (width, height), simd.CropBox(0, frame.top * y - first, width, height * y))
+    return np.frombuffer(rows.get_buffer(), dtype=np.uint8).reshape(height, width, *pixels.shape[2:])

@@ -1,0 +1,110 @@
+"""Resizing: Pillow's pixels bit for bit, vector instructions within a level or two, no gigabytes for thin pictures."""
+
+import importlib.util
+import resource
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from models.catalog import Preprocess, Variant, VariantError
+from models.resizing import resized
+from models.runtime import open_runtime
+
+PHOTOGRAPHS = sorted(Path(str(importlib.util.find_spec("sklearn").origin)).parent.glob("datasets/images/*.jpg"))  # type: ignore[union-attr]
+HOW = Preprocess(resize=64, crop="centre", interpolation="bicubic")
+SIMD = msgspec.structs.replace(HOW, resizer="simd")
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def photograph(height: int, width: int, which: int = 0) -> npt.NDArray[np.uint8]:
+    """A real photograph in any size, nearest pixels, so that its edges stay sharp."""
+    return np.asarray(Image.open(PHOTOGRAPHS[which]).resize((width, height), Image.Resampling.NEAREST))
+
+
+def in_two_steps(pixels: npt.NDArray[np.uint8], how: Preprocess, height: int, width: int) -> npt.NDArray[np.uint8]:
+    """What torchvision does with a PIL image: resize the whole of it, then cut the centre out."""
+    source_height, source_width = pixels.shape[:2]
+    if source_width <= source_height:
+        whole = how.resize, int(how.resize * source_height / source_width)
+    else:
+        whole = int(how.resize * source_width / source_height), how.resize
+    left, top = round((whole[0] - width) / 2), round((whole[1] - height) / 2)
+    scaled = Image.fromarray(pixels).resize(whole, FILTERS[how.interpolation])
+    return np.asarray(scaled.crop((left, top, left + width, top + height)))
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("gray", [False, True])
+def test_pillows_pixels_bit_for_bit(interpolation: str, gray: bool) -> None:
+    how = msgspec.structs.replace(HOW, interpolation=interpolation)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        height, width = (int(side) for side in rng.integers(100, 400, 2))
+        pixels = photograph(height, width, which=int(rng.integers(2)))
+        pixels = pixels[:, :, 0].copy() if gray else pixels
+        to = int(rng.integers(48, 65)), int(rng.integers(48, 65))
+        assert np.array_equal(resized(pixels, how, *to), in_two_steps(pixels, how, *to)), (height, width, to)
+
+
+def test_vector_instructions_differ_by_a_level_here_and_there() -> None:
+    pytest.importorskip("cykooz_resizer", reason='needs cykooz-resizer: pip install -e ".[simd]"')
+    rng = np.random.default_rng(1)
+    turned: list[float] = []
+    for interpolation in ("bilinear", "bicubic"):
+        how = msgspec.structs.replace(SIMD, interpolation=interpolation)
+        for gray in (False, True):
+            for _ in range(20):
+                # Not tall: from version 13 on, Pillow begins with the rows of tall pictures.
+                height, width = (int(side) for side in np.sort(rng.integers(80, 400, 2)))
+                pixels = photograph(height, width, which=int(rng.integers(2)))
+                pixels = pixels[:, :, 0].copy() if gray else pixels
+                got = resized(pixels, how, 60, 50)
+                assert got.shape == (60, 50) if gray else (60, 50, 3)
+                difference = np.abs(got.astype(int) - in_two_steps(pixels, how, 60, 50))
+                assert difference.max() <= 2
+                turned.append(float((difference > 0).mean()))
+    assert np.mean(turned) < 0.01
+
+
+@pytest.mark.parametrize("how", [HOW, SIMD], ids=["pillow", "simd"])
+@pytest.mark.parametrize("shape", [(1, 30_000), (30_000, 1), (3, 20_000), (20_000, 3)])
+def test_a_thin_picture_is_resized_in_part(how: Preprocess, shape: tuple[int, int]) -> None:
+    if how.resizer == "simd":
+        pytest.importorskip("cykooz_resizer", reason='needs cykooz-resizer: pip install -e ".[simd]"')
+    pixels = photograph(*shape)
+    before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    got = resized(pixels, how, 60, 50)
+    # Resized whole it would have 64 x 30,000 times its rows or columns: hundreds of megabytes.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 60_000
+    # The cut shows a pixel or a few of the long side.
+    at = [max(0, length // 2 - 4) for length in shape]
+    middle = pixels[at[0] : shape[0] // 2 + 5, at[1] : shape[1] // 2 + 5].reshape(-1, 3)
+    assert got.shape == (60, 50, 3)
+    assert (got >= middle.min(axis=0).astype(int) - 30).all()
+    assert (got <= middle.max(axis=0).astype(int) + 30).all()
+
+
+@pytest.mark.parametrize("how", [Preprocess(interpolation="bicubic"), Preprocess(resizer="simd")])
+def test_stretching(how: Preprocess) -> None:
+    if how.resizer == "simd":
+        pytest.importorskip("cykooz_resizer", reason='needs cykooz-resizer: pip install -e ".[simd]"')
+    pixels = photograph(90, 130)
+    expected = Image.fromarray(pixels).resize((50, 60), FILTERS[how.interpolation])
+    difference = np.abs(resized(pixels, how, 60, 50).astype(int) - np.asarray(expected))
+    assert difference.max() <= (0 if how.resizer == "pillow" else 2)
+    assert resized(pixels, how, 90, 130) is pixels
+
+
+def test_a_resizer_that_is_not_installed_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant = Variant(
+        name="v", service="s", runtime="onnxruntime", path=str(tmp_path / "x"), labels=("a",), preprocess=SIMD
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(VariantError, match=r"tidegate\[simd\]"):
+        open_runtime(variant)
