@@ -2,7 +2,7 @@
 
 import typer
 
-from tidegate import routing_live, routing_scoring, routing_training
+from tidegate import routing_live, routing_scoring, routing_sim_equals_live, routing_training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,3 +19,4 @@ app.command("advise")(routing_training.advise)
 app.command("use")(routing_live.use)
 app.command("shadow")(routing_live.shadow)
 app.command("rollback")(routing_live.rollback)
+app.command("sim-equals-live")(routing_sim_equals_live.sim_equals_live)

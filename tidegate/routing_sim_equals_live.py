@@ -1,0 +1,213 @@
+"""`tidegate routing sim-equals-live`: one seeded trace through real processes and through the simulator, and the gap.
+
+Goodput is expected on both sides (accuracy summed over the requests in time, no sampling of labels). The simulator runs
+the same arrivals many times over other draws and service times, with slots where the live scheduler's were: its mean is
+compared, and its spread says how much of a gap one live run may owe to chance.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loadgen.answers import Outcome
+from loadgen.console import live_progress
+from loadgen.payloads import emulated
+from loadgen.record import RunRecord
+from loadgen.score import details
+from loadgen.sender import LEAD_S, Progress, SendOptions, run_on_uvloop
+from loadgen.traces import Trace, parse_workload
+from policies.routing.contract import RoutingError
+from protocol.deployment import DeploymentError, DeploymentFile, read_deployment
+from tidegate.deployed_service import deployed_service, the_service
+from tidegate.replay_commands import stop_on_interrupt
+from tidegate.routing_inputs import WRONG, AsJson, Seed, fail
+from tidegate.running import GatewayError, RunningGateway
+from tidegate.supervisor import Supervisor, free_port
+from tidegate.up_command import StartFailed, until_ready, with_address
+
+if TYPE_CHECKING:
+    from policies.routing.queueing_model import ServiceModel
+
+PAPER_T4: Final = Path(__file__).parent.parent / "deploy" / "paper-t4.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """Fractions of the requests that count."""
+
+    goodput_ratio: float
+    violation_ratio: float
+    heavy_ratio: float
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One router: live, simulated (mean and standard deviation over the repetitions), by phase too.
+
+    sent_late: requests that left over 10 ms late; shift_s: how long after a slot's start the trace began.
+    """
+
+    router: str
+    requests: int
+    sent_late: int
+    shift_s: float
+    live: dict[str, Figures]
+    simulated: dict[str, Figures]
+    spread: dict[str, Figures]
+
+    @property
+    def goodput_gap(self) -> float:
+        """Live less simulated, overall, as a fraction."""
+        return self.live["overall"].goodput_ratio - self.simulated["overall"].goodput_ratio
+
+    @property
+    def violation_gap(self) -> float:
+        """Live less simulated, overall, as a fraction."""
+        return self.live["overall"].violation_ratio - self.simulated["overall"].violation_ratio
+
+
+def sim_equals_live(
+    file: Annotated[
+        Path, typer.Option("-f", "--file", help="Deployment of emulated instances, or of profiled ones.")
+    ] = PAPER_T4,
+    routers: Annotated[str, typer.Option(help="Comma-separated.")] = "uniform,deadline,learned-po",
+    workload: Annotated[str, typer.Option(help="paper, periodic, poisson:RATE, or a trace as CSV.")] = "paper",
+    duration_s: Annotated[float, typer.Option(help="Length of the trace; each router takes as long.")] = 600.0,
+    time_scale: Annotated[float, typer.Option(help="Multiplies the workload's holding times.")] = 0.1,
+    profile: Annotated[Path | None, typer.Option(help="Profile file, for variants that are not emulated.")] = None,
+    repetitions: Annotated[int, typer.Option(min=2, help="Runs of the simulator.")] = 40,
+    seed: Seed = 1,
+    json_output: AsJson = False,
+) -> None:
+    """Replay a seeded trace on real processes, router by router, simulate the same trace, and print the gap.
+
+    Example: tidegate routing sim-equals-live --duration-s 60 --routers deadline
+    """
+    try:
+        deployment = read_deployment(file)
+        service = deployed_service(deployment, profiles=profile)
+        trace = parse_workload(workload, seed=seed, duration_s=duration_s, time_scale=time_scale)
+        found = [_compared(deployment, service, name, trace, repetitions, seed) for name in routers.split(",")]
+    except (*WRONG, DeploymentError, GatewayError, StartFailed, OSError) as error:
+        raise fail(error) from error
+    if json_output:
+        rows = [{**asdict(one), "goodput_gap": one.goodput_gap, "violation_gap": one.violation_gap} for one in found]
+        about = {"file": str(file), "workload": trace.description, "duration_s": duration_s, "seed": seed}
+        print(json.dumps({**about, "routers": rows}))
+        return
+    _show(found, f"{deployment.name}, {trace.description}, {duration_s:g} s, seed {seed}; percent")
+
+
+def _compared(
+    file: DeploymentFile, service: "ServiceModel", router: str, trace: Trace, repetitions: int, seed: int
+) -> Comparison:
+    record, started_s = run_on_uvloop(_live(file, router, trace))
+    accuracy = {kind.variant: kind.accuracy for kind in service.kinds}
+    shift_s = started_s % file.scheduler.slot_s
+    simulated = _simulated(service, router, trace, shift_s, repetitions, seed)
+    phases = ("overall", *trace.arrivals.phase_names)
+    return Comparison(
+        router=router,
+        requests=len(record),
+        sent_late=details(record)["sending"]["late"],
+        shift_s=shift_s,
+        live={phase: live_figures(record, accuracy, phase) for phase in phases},
+        simulated={phase: _over(simulated[phase], np.mean) for phase in phases},
+        spread={phase: _over(simulated[phase], np.std) for phase in phases},
+    )
+
+
+async def _live(file: DeploymentFile, router: str, trace: Trace) -> tuple[RunRecord, float]:
+    """The run, and when its time zero was on the monotonic clock."""
+    name = the_service(file)
+    services = {**file.services, name: msgspec.structs.replace(file.services[name], router=router)}
+    own = with_address(msgspec.structs.replace(file, services=services), None, free_port())
+    supervisor = Supervisor(own)
+    started_s = 0.0
+    async with supervisor, RunningGateway(supervisor.url) as gateway:
+        await until_ready(supervisor)
+        while (state := await gateway.service(name))["routing_by"] != router:
+            if "trained for" in state["reason"]:
+                raise GatewayError(f"{router} cannot route {name}: {state['reason']}")
+            await asyncio.sleep(0.05)
+        # At a slot's start, so that the same seed meets the same slots in every run; what is left is measured.
+        slot_s = file.scheduler.slot_s
+        await asyncio.sleep(2.0 * slot_s - (time.monotonic() + LEAD_S) % slot_s)
+        with live_progress(router) as show:
+
+            def tell(progress: Progress) -> None:
+                nonlocal started_s
+                if progress.now_s > 0.0:
+                    started_s = time.monotonic() - progress.now_s
+                show(progress)
+
+            run = await gateway.replay(name, router, trace, emulated(), SendOptions(), tell, stop_on_interrupt())
+    if run.record.interrupted:
+        raise RoutingError("interrupted")
+    return run.record, started_s
+
+
+def live_figures(record: RunRecord, accuracy: dict[str, float], phase: str) -> Figures:
+    """What a run was worth in expectation: `phase` is a phase's name or "overall"."""
+    part = record.counted.copy()
+    if phase != "overall" and record.phase is not None:
+        part &= record.phase == record.phase_names.index(phase)
+    in_time = part & (record.outcome == Outcome.OK)
+    gain = np.array([accuracy.get(variant, 0.0) for variant in record.variants] + [0.0])
+    answered = part & (record.rank >= 0)
+    count = max(int(part.sum()), 1)
+    return Figures(
+        goodput_ratio=float(gain[record.variant[in_time]].sum()) / count,
+        violation_ratio=1.0 - float(in_time.sum()) / count,
+        heavy_ratio=float((record.rank[answered] == 0).mean()) if answered.any() else 0.0,
+    )
+
+
+def _simulated(
+    service: "ServiceModel", router: str, trace: Trace, shift_s: float, repetitions: int, seed: int
+) -> dict[str, list[Figures]]:
+    from policies.routing.evaluate import evaluate
+    from policies.routing.learned import load_policy
+    from policies.routing.queueing_model import trace_arrivals
+
+    # In the simulator a slot starts at 0: the trace starts as long after that as it did live.
+    drawn = trace.arrivals
+    phase = None if drawn.phase is None else drawn.phase.astype(np.int64)
+    arrivals = trace_arrivals(drawn.time_s + shift_s, phase, drawn.phase_names or ("all",))
+    policy = load_policy(router, service.kinds) if router.startswith("learned") else None
+    found: dict[str, list[Figures]] = {}
+    for number in range(repetitions):
+        scores = evaluate(router, service, arrivals, slots=1, seed=seed + number, policy=policy).scores
+        for name, s in scores.items():
+            found.setdefault(name, []).append(Figures(s.goodput_ratio, s.violation_ratio, s.heavy_ratio))
+    return found
+
+
+def _over(figures: Sequence[Figures], of: Any) -> Figures:
+    rows = np.array([[one.goodput_ratio, one.violation_ratio, one.heavy_ratio] for one in figures])
+    return Figures(*(float(value) for value in of(rows, axis=0)))
+
+
+def _show(found: Sequence[Comparison], title: str) -> None:
+    headings = ("router", "phase", "goodput live", "simulated", "gap", "violations live", "simulated", "gap", "late")
+    table = Table(*headings, title=title)
+    for one in found:
+        for phase in one.live:
+            live, simulated, spread = one.live[phase], one.simulated[phase], one.spread[phase]
+            cells = []
+            for key in ("goodput_ratio", "violation_ratio"):
+                a, b, s = (100 * getattr(figures, key) for figures in (live, simulated, spread))
+                cells += [f"{a:.2f}", f"{b:.2f} ± {s:.2f}", f"{a - b:+.2f}"]
+            first = phase == "overall"
+            table.add_row(one.router if first else "", phase, *cells, str(one.sent_late) if first else "")
+    Console().print(table)
