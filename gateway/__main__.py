@@ -42,7 +42,7 @@ async def serve(config: GatewayConfig) -> None:
     GuardedConnection.max_header_bytes = config.max_header_bytes
     GuardedConnection.header_timeout_s = config.header_timeout_s
     async with Board(config.board_url) as board:
-        gateway = Gateway(config, board)
+        gateway = GuardedConnection.gateway = Gateway(config, board)
         async with gateway.fleet:
             await gateway.fleet.settle(FIRST_LOOK_S)
             server = DrainingServer(

@@ -11,7 +11,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
-from gateway.dispatch import ClientGone, Refused, Request
+from gateway.dispatch import ClientGone, Refused
 from gateway.multipart import first_file
 from gateway.router import ServiceRouter
 from protocol.outcomes import Outcome
@@ -37,32 +37,39 @@ def request_id(headers: dict[bytes, bytes]) -> str:
     return f"{_ID_PREFIX}-{next(_numbers):x}"
 
 
-async def admit(
-    router: ServiceRouter | None,
-    scope: Scope,
-    headers: dict[bytes, bytes],
-    receive: Receive,
-    id: str,
-    arrived_s: float,
-    body_timeout_s: float,
-) -> Request:
-    """The request, body read. Raises `Refused` (INVALID, with the HTTP status) or `ClientGone`."""
+def check_head(
+    router: ServiceRouter | None, path: str, method: str, headers: dict[bytes, bytes]
+) -> tuple[ServiceRouter, str, float]:
+    """The service, the content type and the budget in seconds, from the head alone. Raises `Refused` (INVALID)."""
     if router is None:
-        raise Refused(Outcome.INVALID, f"no service of this name: {scope['path']}; see /state", 404)
-    if scope["method"] != "POST":
-        raise Refused(Outcome.INVALID, f"{scope['method']} is not allowed here: POST the image as the body", 405)
-    spec = router.spec
+        raise Refused(Outcome.INVALID, f"no service of this name: {path}; see /state", 404)
+    if method != "POST":
+        raise Refused(Outcome.INVALID, f"{method} is not allowed here: POST the image as the body", 405)
     content_type = _content_type(headers)
-    deadline_s = arrived_s + _budget_ms(headers, spec.requirement_ms) / 1000.0
-    check_length(headers.get(b"content-length"), spec.max_body_bytes)
-    body = await read_body(receive, spec.max_body_bytes, body_timeout_s)
+    budget_s = _budget_ms(headers, router.spec.requirement_ms) / 1000.0
+    check_length(headers.get(b"content-length"), router.spec.max_body_bytes)
+    return router, content_type, budget_s
+
+
+def image_of(body: bytes, content_type: str, headers: dict[bytes, bytes]) -> tuple[bytes, str]:
+    """The encoded image in a whole body, and its type. Raises `Refused` (INVALID)."""
     if content_type == "multipart/form-data":
         content_type, body = first_file(headers[b"content-type"], body)
         if content_type not in ACCEPTED_TYPES:
             raise Refused(Outcome.INVALID, _unsupported(content_type), 415)
     if not body:
         raise Refused(Outcome.INVALID, "the body is empty: POST the encoded image as the body", 400)
-    return Request(id, arrived_s, deadline_s, body, content_type, spec.top_k)
+    return body, content_type
+
+
+def too_large(limit: int) -> Refused:
+    """The refusal of a body beyond `limit` bytes."""
+    return Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
+
+
+def too_slow() -> Refused:
+    """The refusal of a body that drips."""
+    return Refused(Outcome.INVALID, "the body did not arrive in time", 408)
 
 
 def _content_type(headers: dict[bytes, bytes]) -> str:
@@ -74,7 +81,10 @@ def _content_type(headers: dict[bytes, bytes]) -> str:
 
 
 def _unsupported(name: str) -> str:
-    return f"content type {name!r} is not accepted: send {', '.join(sorted(ACCEPTED_TYPES))} or multipart/form-data"
+    accepted = f"{', '.join(sorted(ACCEPTED_TYPES))} or multipart/form-data"
+    return (
+        f"content type {name[:80]!r} is not accepted: name the body's, as curl -H 'Content-Type: image/png'; {accepted}"
+    )
 
 
 def _budget_ms(headers: dict[bytes, bytes], requirement_ms: float) -> float:
@@ -102,7 +112,7 @@ def check_length(given: bytes | None, limit: int) -> None:
     if not given.isdigit():
         raise Refused(Outcome.INVALID, "Content-Length is not a number", 400)
     if len(given) > 18 or int(given) > limit:
-        raise Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
+        raise too_large(limit)
 
 
 async def read_body(receive: Receive, limit: int, timeout_s: float) -> bytes:
@@ -118,14 +128,14 @@ async def read_body(receive: Receive, limit: int, timeout_s: float) -> bytes:
             part: bytes = message.get("body", b"")
             size += len(part)
             if size > limit:
-                raise Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
+                raise too_large(limit)
             if not message.get("more_body", False):
                 return b"".join((*parts, part)) if parts else part
             parts.append(part)
     except asyncio.CancelledError:
         if not limit_s.expired:
             raise
-        raise Refused(Outcome.INVALID, "the body did not arrive in time", 408) from None
+        raise too_slow() from None
     finally:
         limit_s.stop()
 

@@ -2,27 +2,33 @@
 
 A client that breaks a guard, or that does not speak HTTP, gets a JSON error and the connection is closed; answers to
 its earlier requests go out first. When a client leaves, the request that is being served hears of it even if the
-client had already sent the next one. Everything else is uvicorn's.
+client had already sent the next one. Images (POST /v1/{service}) are served without ASGI, as an `Exchange`, in turn
+with the others. Everything else is uvicorn's.
 """
 
 import asyncio
 from typing import Any, ClassVar, Final, cast
 
+import httptools
 import msgspec
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.admission import Receive, Scope
+from gateway.exchange import Exchange
+from gateway.handle import PREFIX, Gateway
 from gateway.joined import JoinedSend
 from gateway.presence import Presence, announce, presence_of
 from gateway.responses import Send
 
+_INFER: Final = PREFIX.encode()
 LINGER_S: Final = 1.0
 """How long a client that is still sending may take to read why it is cut off."""
 
 
 class GuardedConnection(HttpToolsProtocol):
-    """An HTTP/1.1 connection whose request heads are bounded in bytes and time. The limits are class-wide settings."""
+    """An HTTP/1.1 connection whose request heads are bounded in bytes and time. The settings are class-wide."""
 
+    gateway: ClassVar[Gateway]
     max_header_bytes: ClassVar[int] = 16_384
     header_timeout_s: ClassVar[float] = 10.0
 
@@ -31,7 +37,8 @@ class GuardedConnection(HttpToolsProtocol):
         self._heads = 0  # begun so far
         self._head_bytes = 0  # of the one that is open
         self._head_timer: asyncio.TimerHandle | None = None  # set while one is open, and until the first begins
-        self._running: RequestResponseCycle | None = None
+        self._running: RequestResponseCycle | Exchange | None = None
+        self._unread: Exchange | None = None  # its answer waits for a client that reads slowly
         self._refused = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -42,7 +49,9 @@ class GuardedConnection(HttpToolsProtocol):
         self._stop_timer()
         # uvicorn tells the latest request only; the one that is being served may be an earlier one.
         running = self._running
-        if running is not None and not running.response_complete:
+        if isinstance(running, Exchange):
+            running.leave()
+        elif running is not None and not running.response_complete:
             running.disconnected = True
             running.message_event.set()
             presence_of(cast(Scope, running.scope)).leave()
@@ -76,22 +85,83 @@ class GuardedConnection(HttpToolsProtocol):
             return
         if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > self.max_header_bytes:
             self._refuse(431, f"the request's head is larger than {self.max_header_bytes} bytes")
+            return
+        path = httptools.parse_url(self.url).path or b""
+        if path.startswith(_INFER):
+            self._open_exchange(path)
         else:
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        if not self._refused:
+        if self._refused:
+            return
+        latest: RequestResponseCycle | Exchange = self.cycle
+        if isinstance(latest, Exchange):
+            latest.take(body)
+        else:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if not self._refused:
+        if self._refused:
+            return
+        latest: RequestResponseCycle | Exchange = self.cycle
+        if isinstance(latest, Exchange):
+            latest.complete()
+        else:
             super().on_message_complete()
+
+    # exchanges
+
+    def _open_exchange(self, path: bytes) -> None:
+        exchange = Exchange(
+            self.gateway,
+            self,
+            self.parser.get_method().decode("ascii"),
+            path.decode("latin-1"),
+            self.headers,
+            keep_alive=self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive(),
+            continues=self.expect_100_continue,
+        )
+        latest, self.cycle = self.cycle, cast(RequestResponseCycle, exchange)
+        if latest is None or latest.response_complete:
+            self._running = exchange
+            exchange.begin()
+        else:
+            self.flow.pause_reading()
+            self.pipeline.appendleft((self.cycle, self.app))
+
+    def send(self, data: bytes) -> None:
+        """See `exchange.Line`."""
+        self.transport.write(data)
+
+    def finish(self, exchange: Exchange, answer: bytes) -> None:
+        """See `exchange.Line`. A client that does not read gets its next turn when it has."""
+        self.transport.write(answer)
+        if self.flow.write_paused:
+            self._unread = exchange
+        else:
+            self._finished(exchange)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        unread, self._unread = self._unread, None
+        if unread is not None:
+            self._finished(unread)
+
+    def _finished(self, exchange: Exchange) -> None:
+        exchange.response_complete = True
+        if not exchange.keep_alive:
+            self._close_gently()
+        self.on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "these bytes are not an HTTP/1.1 request")
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+    def _start_asgi_task(self, cycle: RequestResponseCycle | Exchange, app: Any) -> None:
         self._running = cycle
+        if isinstance(cycle, Exchange):
+            cycle.begin()
+            return
         announce(cast(Scope, cycle.scope), Presence())
 
         async def joined(scope: Scope, receive: Receive, send: Send) -> None:

@@ -1,10 +1,10 @@
 """The life of one request: admit, dispatch, judge, answer, count. Start reading the gateway here.
 
-Every request ends in exactly one `Outcome`, counted once, in `finally`, whatever happens: a bad body, a dead worker,
-a client that leaves, a bug. What each outcome means: `protocol/outcomes.py`.
+Every request ends in exactly one `Outcome`, counted once, whatever happens: a bad body, a dead worker, a client that
+leaves, a bug. What each outcome means: `protocol/outcomes.py`. Images take this way in `exchange.py`, without a task;
+`serve` is the same life for calls that come over ASGI.
 """
 
-import asyncio
 import logging
 import secrets
 import time
@@ -13,15 +13,24 @@ from typing import Final, Protocol
 
 import msgspec
 
-from gateway.admission import Receive, Scope, admit, request_id
+from gateway.admission import Receive
 from gateway.arrivals import Arrivals
 from gateway.config import GatewayConfig
-from gateway.dispatch import Answered, AnswerTimeout, ClientGone, Dispatcher, DispatchStatistics, Refused, Request
+from gateway.dispatch import (
+    Answered,
+    AnswerTimeout,
+    ClientGone,
+    Dispatcher,
+    DispatchStatistics,
+    End,
+    Refused,
+    Request,
+)
 from gateway.fleet import Fleet
 from gateway.inferences import Inferences
 from gateway.metrics import UNKNOWN, FleetCollector, GatewayMetrics
-from gateway.presence import Presence, presence_of
-from gateway.responses import Send, send_answer, send_refusal
+from gateway.presence import Presence
+from gateway.responses import Send
 from gateway.router import RouterStatistics, ServiceRouter
 from protocol.board import Board
 from protocol.outcomes import Outcome
@@ -61,41 +70,13 @@ class Call(Protocol):
         """Writes the error. `close` ends the connection, for the body may not have been read."""
 
 
-class ImageCall:
-    """POST /v1/{service}: the image is the body, the answer is JSON."""
-
-    variant = ""
-
-    def __init__(self, gateway: "Gateway", scope: Scope) -> None:
-        self._scope = scope
-        self._headers: dict[bytes, bytes] = dict(scope["headers"])
-        self._body_timeout_s = gateway.config.body_timeout_s
-        self.router = gateway.fleet.services.get(scope["path"][len(PREFIX) :])
-        self.id = request_id(self._headers)
-        if self.router is not None and self.router.wants_phase:
-            gateway.fleet.report_phase(self.router.name, self._headers.get(b"x-tidegate-phase", b""))
-
-    async def admit(self, receive: Receive, arrived_s: float) -> Request:
-        """See `admission.admit`."""
-        return await admit(self.router, self._scope, self._headers, receive, self.id, arrived_s, self._body_timeout_s)
-
-    async def answer(self, send: Send, outcome: Outcome, answered: Answered, total_s: float) -> None:
-        """See `responses.send_answer`."""
-        assert self.router is not None, "only an admitted request is answered"
-        await send_answer(send, self.id, self.router.name, outcome, answered, total_s)
-
-    async def refuse(self, send: Send, refused: Refused, retry_after_s: float, *, close: bool) -> None:
-        """See `responses.send_refusal`."""
-        await send_refusal(send, self.id, refused, retry_after_s, close)
-
-
 class Gateway:
     """Holds the parts together: what is known (`fleet`), how requests travel (`dispatcher`), what is counted."""
 
     def __init__(self, config: GatewayConfig, board: Board, seed: int | None = None) -> None:
         self.config = config
         self.fleet = Fleet(board, on_change=lambda: self.dispatcher.release())
-        self.dispatcher = Dispatcher(self.fleet, Random(seed).random)
+        self.dispatcher = Dispatcher(self.fleet, Random(seed).random, config.answer_timeout_s)
         self.metrics = GatewayMetrics()
         self.metrics.registry.register(FleetCollector(self.fleet.services.values, self.dispatcher.statistics))
         self.arrivals = Arrivals(secrets.token_hex(4), time.monotonic())
@@ -103,68 +84,81 @@ class Gateway:
         self.draining = False
         self._arrived = 0
 
-    async def infer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One POST to /v1/{service}, from its first byte to its answer."""
-        await self.serve(ImageCall(self, scope), presence_of(scope), receive, send)
+    # the steps of a life
+
+    def arrived(self, router: ServiceRouter | None) -> float:
+        """A request has come: the time."""
+        now_s = time.monotonic()
+        self._arrived += 1
+        if router is not None:
+            self.arrivals.add(now_s, router.name)
+        return now_s
+
+    def check_started(self) -> None:
+        """Raises `Refused` (UNAVAILABLE) before the first deployment has been seen."""
+        if not self.fleet.services:
+            raise Refused(Outcome.UNAVAILABLE, "the gateway is starting: it has not seen a deployment yet")
+
+    @staticmethod
+    def judge(end: End, id: str, request: Request | None, on_late: str, now_s: float) -> tuple[Outcome, Refused | None]:
+        """The outcome, and what the client is told if that is an error; None for an answer or nobody to tell."""
+        if isinstance(end, Answered):
+            assert request is not None, "only an admitted request is answered"
+            if now_s <= request.deadline_s:
+                return Outcome.OK, None
+            late = Refused(Outcome.LATE, "the answer came after the deadline", 504) if on_late == "error" else None
+            return Outcome.LATE, late
+        if isinstance(end, Refused):
+            return end.outcome, end
+        if isinstance(end, ClientGone):
+            return Outcome.CANCELLED, None
+        if isinstance(end, AnswerTimeout):
+            return Outcome.FAILED, Refused(Outcome.FAILED, "the worker did not answer")
+        log.error("request %s failed", id, exc_info=end)
+        return Outcome.FAILED, Refused(
+            Outcome.FAILED, "internal error: the gateway's log has the details under this id"
+        )
+
+    def count(self, router: ServiceRouter | None, variant: str, outcome: Outcome, end: End, total_s: float) -> None:
+        """The one place where requests are counted. `variant`: the pinned one, if any."""
+        name = router.name if router is not None else UNKNOWN
+        if isinstance(end, Answered):
+            self.metrics.count(name, outcome, total_s, end.target.record.variant)
+            self.inferences.add(name, end.target.record.variant, total_s, end.reply)
+        else:
+            self.metrics.count(name, outcome, None, None)
+            self.inferences.add_failure(name, variant)
+
+    @staticmethod
+    def retry_after_s(router: ServiceRouter | None) -> float:
+        """When a refused client may come again: when the first instance is predicted to be clear."""
+        return min(router.clear_s, default=0.0) - time.monotonic() if router is not None else 1.0
 
     async def serve(self, call: Call, presence: Presence, receive: Receive, send: Send) -> None:
-        """The life of one request, whatever surface it came through."""
-        arrived_s = time.monotonic()
-        self._arrived += 1
+        """The life of one request that came over ASGI."""
         router = call.router
-        if router is not None:
-            self.arrivals.add(arrived_s, router.name)
-        outcome = Outcome.CANCELLED
+        arrived_s = now_s = self.arrived(router)
+        end: End = ClientGone()
+        outcome, refused = Outcome.CANCELLED, None
         request: Request | None = None
-        refused: Refused | None = None
-        answered: Answered | None = None
-        now_s = arrived_s
         try:
-            if router is None and not self.fleet.services:
-                raise Refused(Outcome.UNAVAILABLE, "the gateway is starting: it has not seen a deployment yet")
-            request = await call.admit(receive, arrived_s)
-            assert router is not None, "an admitted request has a service"
-            answered = await self._dispatch(router, request, presence)
+            try:
+                self.check_started()
+                request = await call.admit(receive, arrived_s)
+                assert router is not None, "an admitted request has a service"
+                presence.watch(lambda: request.abandon(ClientGone()))
+                end = await self.dispatcher.dispatch(router, request)
+            except Exception as error:
+                end = error
             now_s = time.monotonic()
-            outcome = Outcome.OK if now_s <= request.deadline_s else Outcome.LATE
-            if outcome is Outcome.LATE and router.spec.on_late == "error":
-                refused = Refused(Outcome.LATE, "the answer came after the deadline", 504)
-        except Refused as error:
-            outcome, refused = error.outcome, error
-        except ClientGone:
-            outcome = Outcome.CANCELLED
-        except AnswerTimeout:
-            outcome = Outcome.FAILED
-            refused = Refused(outcome, "the worker did not answer")
-        except Exception:
-            log.exception("request %s to %s failed", call.id, router.name if router is not None else UNKNOWN)
-            outcome = Outcome.FAILED
-            refused = Refused(outcome, "internal error: the gateway's log has the details under this id")
+            outcome, refused = self.judge(end, call.id, request, router.spec.on_late if router else "", now_s)
         finally:
-            known = router.name if router is not None else UNKNOWN
-            total_s = now_s - arrived_s
-            if answered is not None:
-                self.metrics.count(known, outcome, total_s, answered.target.record.variant)
-                self.inferences.add(known, answered.target.record.variant, total_s, answered.reply)
-            else:
-                self.metrics.count(known, outcome, None, None)
-                self.inferences.add_failure(known, call.variant)
-        if refused is not None:
-            wait_s = min(router.clear_s, default=0.0) - time.monotonic() if router is not None else 1.0
-            await call.refuse(send, refused, wait_s, close=request is None)
-        elif answered is not None:
-            await call.answer(send, outcome, answered, total_s)
-
-    async def _dispatch(self, router: ServiceRouter, request: Request, presence: Presence) -> Answered:
-        """The answer, unless the client leaves or the worker hangs first."""
-        patience_s = request.deadline_s - request.arrived_s + self.config.answer_timeout_s
-        hangs = asyncio.get_running_loop().call_later(patience_s, request.abandon, AnswerTimeout())
-        presence.watch(lambda: request.abandon(ClientGone()))
-        try:
-            return await self.dispatcher.dispatch(router, request)
-        finally:
-            hangs.cancel()
             presence.forget()
+            self.count(router, call.variant, outcome, end, now_s - arrived_s)
+        if refused is not None:
+            await call.refuse(send, refused, self.retry_after_s(router), close=request is None)
+        elif isinstance(end, Answered):
+            await call.answer(send, outcome, end, now_s - arrived_s)
 
     def statistics(self) -> GatewayStatistics:
         """A frozen picture of this process, for `/state`, metrics and tests."""

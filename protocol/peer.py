@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from protocol.frames import Frame, Kind
-from protocol.link import Connection, LinkClosed, connect
+from protocol.link import Connection, LinkClosed, OnReply, connect
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
@@ -41,6 +41,12 @@ class Peer:
     def hurry(self) -> None:
         """Try to connect now instead of at the end of the current pause (the worker was just seen alive)."""
         self._hurry.set()
+
+    def ask(self, kind: Kind, meta: msgspec.Struct | None, payload: bytes, on_reply: OnReply) -> int:
+        """Like `Connection.ask`. Raises `LinkClosed` while the link is down."""
+        if self._connection is None:
+            raise LinkClosed(self.last_error or f"not connected to {self.address}")
+        return self._connection.ask(kind, meta, payload, on_reply)
 
     def request(
         self, kind: Kind, meta: msgspec.Struct | None = None, payload: bytes = b""

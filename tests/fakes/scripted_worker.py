@@ -1,12 +1,10 @@
 """Peers and a fleet for the gateway's dispatcher, in memory: a test says how each attempt at a worker ends."""
 
-import asyncio
-
 import msgspec
 
 from gateway.router import ServiceRouter
 from protocol.frames import Frame, Kind
-from protocol.link import LinkClosed
+from protocol.link import LinkClosed, OnReply
 from protocol.outcomes import Attempt
 from protocol.records import Infer, InstanceRecord, InstanceState, Reply, ServiceSpec, Status
 
@@ -18,43 +16,41 @@ class ScriptedPeer:
         self.up = True
         self.asked: dict[int, Infer] = {}
         self.cancelled: list[int] = []
-        self._futures: dict[int, asyncio.Future[Frame]] = {}
+        self._waiting: dict[int, OnReply] = {}
 
     @property
     def in_flight(self) -> int:
         """Requests without an end."""
-        return len(self._futures)
+        return len(self._waiting)
 
-    def request(
-        self, kind: Kind, meta: msgspec.Struct | None = None, payload: bytes = b""
-    ) -> tuple[int, "asyncio.Future[Frame]"]:
-        """As `Peer.request`."""
+    def ask(self, kind: Kind, meta: msgspec.Struct | None, payload: bytes, on_reply: OnReply) -> int:
+        """As `Peer.ask`."""
         if not self.up:
             raise LinkClosed("down")
         assert isinstance(meta, Infer)
         number = len(self.asked) + 1
         self.asked[number] = meta
-        self._futures[number] = asyncio.get_running_loop().create_future()
-        return number, self._futures[number]
+        self._waiting[number] = on_reply
+        return number
 
     def cancel(self, request_id: int) -> None:
         """As `Peer.cancel`."""
         self.cancelled.append(request_id)
-        self._futures.pop(request_id, None)
+        self._waiting.pop(request_id, None)
 
     def reply(self, attempt: Attempt, number: int = 0, payload: bytes = b"{}", **settings: object) -> None:
         """Ends the oldest request, or request `number`."""
-        number = number or min(self._futures)
+        number = number or min(self._waiting)
         status = Status(self.asked[number].instance)
         meta = msgspec.msgpack.encode(Reply(attempt, status, **settings))  # type: ignore[arg-type]
-        self._futures.pop(number).set_result(Frame(Kind.REPLY, number, meta, payload))
+        self._waiting.pop(number)(Frame(Kind.REPLY, number, meta, payload))
 
     def die(self) -> None:
         """The worker is gone, and every request with it."""
         self.up = False
-        for future in self._futures.values():
-            future.set_exception(LinkClosed("the peer closed the connection"))
-        self._futures.clear()
+        waiting, self._waiting = self._waiting, {}
+        for on_reply in waiting.values():
+            on_reply(LinkClosed("the peer closed the connection"))
 
 
 class ScriptedFleet:

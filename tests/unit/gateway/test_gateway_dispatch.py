@@ -176,18 +176,20 @@ def test_an_abandoned_request_frees_its_place_at_the_worker(why: Exception) -> N
     run(body)
 
 
-def test_a_client_that_goes_between_two_attempts_gets_no_second_one() -> None:
+def test_a_client_that_goes_during_the_second_attempt_frees_its_place_there() -> None:
     async def body() -> None:
         fleet = ScriptedFleet("deadline", a="light", b="light")
         dispatch = dispatcher(fleet)
         one = request()
         task = await started(dispatch, fleet, one)
-        [peer] = [peer for peer in fleet.peers.values() if peer.in_flight]
-        peer.reply(Attempt.BOUNCED)
+        [first] = [peer for peer in fleet.peers.values() if peer.in_flight]
+        first.reply(Attempt.BOUNCED)
+        [second] = [peer for peer in fleet.peers.values() if peer.in_flight]
         one.abandon(ClientGone())
         with pytest.raises(ClientGone):
             await task
-        assert sum(len(peer.asked) for peer in fleet.peers.values()) == 1
+        assert second is not first
+        assert (first.cancelled, second.cancelled) == ([], [1])
         at_rest(dispatch, fleet)
 
     run(body)
@@ -268,16 +270,14 @@ def test_a_held_client_that_leaves_gives_up_its_turn() -> None:
 
 
 @pytest.mark.parametrize("way", ["left", "cancelled"])
-def test_who_ends_in_the_moment_of_being_placed_takes_no_place_along(way: str) -> None:
+def test_who_was_held_and_then_sent_frees_its_place_when_it_goes(way: str) -> None:
     async def body() -> None:
         fleet = ScriptedFleet("single-queue", capacity=10, a="heavy")
         dispatch = dispatcher(fleet)
         first, second = request(), request()
         tasks = [await started(dispatch, fleet, one) for one in (first, second)]
         fleet["a"].reply(Attempt.OK)
-        await asyncio.sleep(0)  # the first ends and places the second, whose turn in the loop comes next
-        assert len(fleet["a"].asked) == 1
-        assert fleet.router.targets[0].in_flight == 1, "placed, and not yet sent"
+        assert len(fleet["a"].asked) == 2, "the first's end sends the second"
         if way == "left":
             second.abandon(ClientGone())
         else:
@@ -285,7 +285,34 @@ def test_who_ends_in_the_moment_of_being_placed_takes_no_place_along(way: str) -
         with pytest.raises((ClientGone, asyncio.CancelledError)):
             await tasks[1]
         await tasks[0]
-        assert len(fleet["a"].asked) == 1
+        assert fleet["a"].cancelled == [2]
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_one_timer_gives_up_each_request_at_its_own_time() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light")
+        dispatch = Dispatcher(cast(Fleet, fleet), lambda: 0.0, answer_timeout_s=0.02)
+        patient, hasty = request(budget_s=60.0), request(budget_s=0.001)
+        tasks = [await started(dispatch, fleet, one) for one in (patient, hasty)]
+        with pytest.raises(AnswerTimeout):
+            await tasks[1]
+        assert not tasks[0].done()
+        fleet["a"].reply(Attempt.OK, number=1)
+        await tasks[0]
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_a_bug_before_sending_ends_the_request() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light")
+        dispatch = Dispatcher(cast(Fleet, fleet), lambda: cast(float, None))
+        with pytest.raises(TypeError):
+            await (await started(dispatch, fleet, request()))
         at_rest(dispatch, fleet)
 
     run(body)

@@ -384,7 +384,7 @@ def test_arrivals_tell_what_came_and_what_was_lost() -> None:
     start = surface.json("GET", "/v2/tidegate/arrivals")[1]
     assert (start["next"], start["time_s"]) == (0, [])
     surface.infer("pets", image())
-    surface.call("POST", "/v1/pets", b"x", content_type="image/png")
+    surface.infer("small", image())
     surface.call("POST", "/v2/models/nope/infer", b"x")
     page = surface.json("GET", "/v2/tidegate/arrivals?since=0")[1]
     assert page["services"] == ["pets", "pets"]

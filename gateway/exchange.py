@@ -1,0 +1,220 @@
+"""POST /v1/{service}: the image is the body, the answer is JSON. One request's life on its connection, without a task.
+
+    head ──► begin (its turn has come) ──► body complete ──► dispatcher ──► answer written
+
+ASGI would take a task, a cycle object and half a dozen coroutines for each request: more time than everything that
+this gateway itself does (docs/decisions/0003). `connection.py` keeps the order of requests on a connection and calls
+`begin`, `take`, `complete` and `leave`; everything else runs straight through in callbacks.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Final, Protocol
+from urllib.parse import unquote
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from gateway.admission import check_head, image_of, request_id, too_large, too_slow
+from gateway.dispatch import Answered, ClientGone, End, Request
+from gateway.handle import PREFIX, Gateway
+from gateway.responses import answer_body, refusal
+from gateway.router import ServiceRouter
+from protocol.outcomes import Outcome
+
+log = logging.getLogger("gateway.exchange")
+
+_HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n"
+_CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+class Line(Protocol):
+    """The connection, as an exchange needs it."""
+
+    def send(self, data: bytes) -> None:
+        """Writes bytes that do not end the exchange."""
+
+    def finish(self, exchange: "Exchange", answer: bytes) -> None:
+        """Writes the answer; the next request's turn comes, or the end, as the exchange's `keep_alive` says."""
+
+
+class _Nobody:
+    """uvicorn's connection wakes the task of its request; here is none."""
+
+    def set(self) -> None:
+        """Nobody waits."""
+
+
+class Exchange:
+    """One request and its answer.
+
+    `keep_alive`, `more_body`, `response_complete` and `message_event` are what uvicorn's connection looks at in the
+    request that it serves; `response_complete` is the connection's to set.
+    """
+
+    __slots__ = (
+        "_arrived_s",
+        "_begun",
+        "_body_timer",
+        "_budget_s",
+        "_content_type",
+        "_continues",
+        "_ended",
+        "_gateway",
+        "_head_only",
+        "_headers",
+        "_id",
+        "_limit",
+        "_line",
+        "_method",
+        "_parts",
+        "_path",
+        "_request",
+        "_router",
+        "_size",
+        "disconnected",
+        "keep_alive",
+        "more_body",
+        "response_complete",
+    )
+    message_event = _Nobody()
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        line: Line,
+        method: str,
+        path: str,
+        headers: list[tuple[bytes, bytes]],
+        *,
+        keep_alive: bool,
+        continues: bool,
+    ) -> None:
+        self._gateway = gateway
+        self._line = line
+        self._method = method
+        self._path = unquote(path) if "%" in path else path
+        self._headers = dict(headers)
+        self._router = gateway.fleet.services.get(self._path[len(PREFIX) :])
+        self._id = ""
+        self._continues = continues
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._limit = 0
+        self._begun = False
+        self._ended = False
+        self._arrived_s = 0.0
+        self._budget_s = 0.0
+        self._content_type = ""
+        self._request: Request | None = None
+        self._body_timer: asyncio.TimerHandle | None = None
+        self.keep_alive = keep_alive
+        self.more_body = True
+        self.response_complete = False
+        self.disconnected = False
+
+    # the connection's calls
+
+    def begin(self) -> None:
+        """Every earlier request of the connection has been answered: this one's life starts."""
+        gateway, router = self._gateway, self._router
+        self._begun = True
+        self._arrived_s = gateway.arrived(router)
+        self._id = request_id(self._headers)
+        try:
+            if router is None:
+                gateway.check_started()
+            elif router.wants_phase:
+                gateway.fleet.report_phase(router.name, self._headers.get(b"x-tidegate-phase", b""))
+            router, self._content_type, self._budget_s = check_head(router, self._path, self._method, self._headers)
+            self._limit = router.spec.max_body_bytes
+            if self._size > self._limit:
+                raise too_large(self._limit)
+        except Exception as error:
+            self._end(error)
+            return
+        if not self.more_body:
+            self._dispatch(router)
+            return
+        if self._continues:
+            self._line.send(_CONTINUE)
+        timeout_s = gateway.config.body_timeout_s
+        self._body_timer = asyncio.get_running_loop().call_later(timeout_s, self._end, too_slow())
+
+    def take(self, part: bytes) -> None:
+        """A piece of the body. After the end (a refusal) it is dropped."""
+        if self._ended:
+            return
+        self._size += len(part)
+        self._parts.append(part)
+        if self._begun and self._size > self._limit:
+            self._end(too_large(self._limit))
+
+    def complete(self) -> None:
+        """The body has been read to its end."""
+        self.more_body = False
+        if self._begun and not self._ended:
+            assert self._router is not None, "a request whose head was refused has ended"
+            self._dispatch(self._router)
+
+    def leave(self) -> None:
+        """The client has gone."""
+        self.disconnected = True
+        if self._request is not None:
+            self._request.abandon(ClientGone())
+        elif self._begun:
+            self._end(ClientGone())
+
+    # the rest of its life
+
+    def _dispatch(self, router: ServiceRouter) -> None:
+        self._stop_timer()
+        parts, self._parts = self._parts, []
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        try:
+            image, content_type = image_of(body, self._content_type, self._headers)
+        except Exception as error:
+            self._end(error)
+            return
+        deadline_s = self._arrived_s + self._budget_s
+        self._request = Request(self._id, self._arrived_s, deadline_s, image, content_type, router.spec.top_k)
+        self._gateway.dispatcher.start(router, self._request, self._end)
+
+    def _end(self, end: End) -> None:
+        """The one end of this request: judged, counted, and told to the client if it is still there."""
+        if self._ended:
+            return
+        self._ended = True
+        self._stop_timer()
+        gateway, router, request = self._gateway, self._router, self._request
+        now_s = time.monotonic()
+        total_s = now_s - self._arrived_s
+        on_late = router.spec.on_late if router is not None else ""
+        outcome, refused = gateway.judge(end, self._id, request, on_late, now_s)
+        gateway.count(router, "", outcome, end, total_s)
+        self._parts = []
+        self._request = None
+        if self.disconnected:
+            return
+        if refused is not None:
+            self.keep_alive = self.keep_alive and request is not None
+            status, headers, body = refusal(self._id, refused, gateway.retry_after_s(router))
+            lines = [STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers)]
+            head = b"".join(lines)
+            if self._method == "HEAD":
+                body = b""
+        else:
+            assert isinstance(end, Answered), "without a refusal and with somebody to tell there is an answer"
+            assert router is not None, "only an admitted request is answered"
+            body = answer_body(self._id, router.name, outcome, end, total_s)
+            head = _HEAD % (len(body), self._id.encode())
+            if outcome is Outcome.LATE:
+                head += b"x-tidegate-late: 1\r\n"
+        if not self.keep_alive:
+            head += b"connection: close\r\n"
+        self._line.finish(self, b"%b\r\n%b" % (head, body))
+
+    def _stop_timer(self) -> None:
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
