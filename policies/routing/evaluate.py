@@ -125,6 +125,7 @@ def evaluate(
     seed: int,
     policy: LearnedPolicy | None = None,
     promise: float = 0.02,
+    as_deployed: bool = False,
     environments: int = 60,
     threads: int = 1,
     progress: Callable[[float], None] | None = None,
@@ -132,10 +133,13 @@ def evaluate(
     """Scores over `slots` slots of 1 s, split over environments that start empty in a stationary phase.
 
     Every router of one seed meets the same arrivals. A trace is run once, in one environment, to its end.
-    policy: the learned policy to use (default: the pretrained one of this name). `deadline` learns its margin and
+    policy: the learned policy to use (default: the pretrained one of this name). as_deployed: the one-model routers
+    keep to the service's own instances, as they would live, instead of having all of one model. `deadline` learns its margin and
     service times online, as it does live.
     """
     shaped = service_for(router, service)
+    if as_deployed:
+        shaped = replace(service, expire=service.expire or router == "heavy-expire")
     e = 1 if arrivals.kind == TRACE else max(1, min(environments, slots // 100))
     duration_s = float(slots) / e
     if arrivals.kind == TRACE and arrivals.time_s is not None:
