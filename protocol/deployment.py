@@ -69,17 +69,20 @@ class DeploymentFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
 
 def read_deployment(path: Path) -> DeploymentFile:
-    """The checked file, `catalog` folders made absolute. Raises `DeploymentError`."""
+    """The checked file; `catalog` folders and a `policy_file` with a `/` in it made absolute, from the file's folder.
+
+    Raises `DeploymentError`.
+    """
     try:
         content = tomllib.loads(path.read_text())
     except OSError as error:
         raise DeploymentError(f"{path}: cannot be read ({error.strerror}): give a deployment file with -f") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DeploymentError(f"{path}: is not valid TOML: {error}") from error
-    services = content.get("services")
+    given = content.get("services")
     try:
         # Each by itself first: for a dictionary's values msgspec does not say whose value it was.
-        for name, spec in services.items() if isinstance(services, dict) else ():
+        for name, spec in given.items() if isinstance(given, dict) else ():
             _convert(spec, ServiceSpec, f"services.{name}")
         file = _convert(content, DeploymentFile, "")
     except DeploymentError as error:
@@ -87,9 +90,14 @@ def read_deployment(path: Path) -> DeploymentFile:
     fault = check_deployment(file.desired_state()) or _check_settings(file)
     if fault:
         raise DeploymentError(f"{path}: {fault}")
-    return msgspec.structs.replace(
-        file, catalog=tuple(str((path.parent / folder).resolve()) for folder in file.catalog)
-    )
+    services = {
+        name: msgspec.structs.replace(spec, policy_file=str((path.parent / spec.policy_file).resolve()))
+        if "/" in spec.policy_file
+        else spec
+        for name, spec in file.services.items()
+    }
+    catalog = tuple(str((path.parent / folder).resolve()) for folder in file.catalog)
+    return msgspec.structs.replace(file, services=services, catalog=catalog)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

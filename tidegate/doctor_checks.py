@@ -22,7 +22,7 @@ from typing import Final
 
 import msgspec
 
-from models.catalog import Variant, VariantError, load_catalog
+from models.catalog import Variant, VariantError, kind_and_index, load_catalog
 from protocol.board import BOARD_ERRORS, Board
 from protocol.deployment import DeploymentFile
 
@@ -129,7 +129,7 @@ def judge_providers(wheel: str, providers: Sequence[str], devices: Sequence[str]
     """Whether `providers` cover `devices` (cpu, cuda, tensorrt). Pure."""
     short = [name.removesuffix("ExecutionProvider").lower() for name in providers]
     what = f"{wheel} with {', '.join(short)}"
-    lacking = [device for device in devices if device != "cpu" and device not in short]
+    lacking = sorted({kind for kind, _ in map(kind_and_index, devices) if kind not in ("cpu", *short)})
     if lacking:
         remedy = "install the GPU wheel (pip install --editable '.[gpu]') and NVIDIA's driver, or set device = \"cpu\""
         return Finding("onnxruntime", PROBLEM, f"{what}: no {', '.join(lacking)}", remedy)
@@ -140,7 +140,7 @@ def judge_providers(wheel: str, providers: Sequence[str], devices: Sequence[str]
 
 
 def check_port(host: str, port: int) -> Finding:
-    """Whether a gateway could listen, or one listens already."""
+    """Whether a gateway could listen; if not, who holds the port."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -149,13 +149,32 @@ def check_port(host: str, port: int) -> Finding:
             reason = error.strerror
         else:
             return Finding("port", OK, f"{host}:{port} is free")
+    remedy = "choose another: tidegate up --port N (0 takes a free one)"
     near = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
     with contextlib.suppress(urllib.error.URLError, OSError, ValueError):
         answer = urllib.request.urlopen(f"http://{near}:{port}/v2", timeout=1.0)
         with answer:
             if b'"tidegate"' in answer.read(4096):
-                return Finding("port", OK, f"a Tidegate gateway answers at {host}:{port}")
-    return Finding("port", PROBLEM, f"{host}:{port} cannot be used ({reason})", "choose another: tidegate up --port N")
+                what = f"{host}:{port} is held by a Tidegate gateway that runs already{holder(port)}"
+                return Finding("port", WARNING, what, f"to start a second one, {remedy}; to use that one, nothing")
+    return Finding("port", PROBLEM, f"{host}:{port} cannot be used ({reason}){holder(port)}", remedy)
+
+
+def holder(port: int, processes: Path = Path("/proc")) -> str:
+    """Linux: `": NAME, process ID"` of who listens on this TCP port, as far as this user may see; else empty."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        rows = [
+            line.split() for name in ("tcp", "tcp6") for line in (processes / "net" / name).read_text().splitlines()
+        ]
+        sockets = {
+            f"socket:[{row[9]}]" for row in rows if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port
+        }
+        for process in processes.iterdir():
+            with contextlib.suppress(OSError):
+                if process.name.isdigit() and any(os.readlink(one) in sockets for one in (process / "fd").iterdir()):
+                    name = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                    return f": {name[:80]}, process {process.name}"
+    return ""
 
 
 async def check_board(url: str) -> Finding:

@@ -1,4 +1,4 @@
-"""The curl commands of README.md and the examples of docs/api.md, run as they stand against a real gateway.
+"""The curl commands of README.md and the guide and the examples of docs/api.md, run as they stand on a real gateway.
 
 Only the port is replaced. `digit.png` is a held-out digit, as README makes one.
 """
@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def folder(tmp_path: Path) -> Path:
 def test_curl(system: RunningSystem, folder: Path, command: str) -> None:
     command = command.replace(":8700", f":{system.port}")
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, timeout=30, check=True)
-    answer = json.loads(done.stdout)
+    # Binary outputs follow the JSON where they were asked for.
+    answer, _ = json.JSONDecoder().raw_decode(done.stdout.decode(errors="replace"))
     assert "error" not in answer, answer
     assert answer.get("predictions") or answer.get("outputs")
 
@@ -64,7 +66,33 @@ def test_python(system: RunningSystem, folder: Path, number: int) -> None:
     assert re.search(r"digits_(heavy|light)", done.stdout)
 
 
+def test_the_guides_changes_of_a_running_system(system: RunningSystem, folder: Path) -> None:
+    """The router alone, then the whole deployment: its blocks in order, as one script; all is as it was afterwards."""
+
+    def state() -> tuple[str, float]:
+        done = subprocess.run(["curl", "-sf", f"{system.url}/admin/deployment"], capture_output=True, check=True)
+        spec = json.loads(done.stdout)["services"]["digits"]
+        return spec["router"], spec["requirement_ms"]
+
+    assert state() == ("deadline", 250.0)
+    router, whole = [block for block in blocks("docs/guide.md", "sh") if "/admin/" in block]
+    for block, expected in ((router, ("light-only", 250.0)), (whole, ("deadline", 400.0))):
+        script = block.replace(":8700", f":{system.port}")
+        done = subprocess.run(["bash", "-ec", script], cwd=folder, capture_output=True, timeout=30, check=True)
+        assert "error" not in json.loads(done.stdout), done.stdout
+        until_s = time.monotonic() + 10.0
+        while state() != expected:
+            assert time.monotonic() < until_s, state()
+            time.sleep(0.1)
+
+
+def test_curl_without_a_content_type_is_refused_as_the_pages_say(system: RunningSystem, folder: Path) -> None:
+    command = ["curl", "-s", "--data-binary", "@digit.png", f"{system.url}/v1/digits"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, timeout=30, check=True)
+    assert "content type" in json.loads(done.stdout)["error"]
+
+
 def test_both_pages_have_examples() -> None:
     assert curls("README.md")
-    assert len(curls("docs/api.md")) == 2
+    assert len(curls("docs/api.md")) >= 2
     assert len(blocks("docs/api.md", "python")) == 2

@@ -149,3 +149,10 @@ def test_a_file_that_is_not_there_or_not_text_is_said_so(tmp_path: Path) -> None
     (tmp_path / "x.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DeploymentError, match="not valid TOML"):
         read_deployment(tmp_path / "x.toml")
+
+
+def test_a_policy_file_is_relative_to_the_file_and_a_name_stays_one(tmp_path: Path) -> None:
+    for given, meant in (("runs/mine", str(tmp_path / "runs" / "mine")), ("learned-po", "learned-po"), ("", "")):
+        text = GOOD.replace("requirement_ms = 250", f"requirement_ms = 250\npolicy_file = '{given}'")
+        (tmp_path / "x.toml").write_text(text)
+        assert read_deployment(tmp_path / "x.toml").services["digits"].policy_file == meant

@@ -2,7 +2,11 @@
 
 import asyncio
 import json
+import os
 import socket
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -24,6 +28,7 @@ from tidegate.doctor_checks import (
     check_port,
     check_python,
     check_sockets,
+    holder,
     judge_providers,
     usable_cpus,
 )
@@ -81,7 +86,42 @@ def test_a_taken_port(free_port: int) -> None:
     assert check_port("127.0.0.1", free_port).state == OK
     with socket.create_server(("127.0.0.1", free_port)):
         taken = check_port("127.0.0.1", free_port)
+        if sys.platform == "linux":
+            assert f"process {os.getpid()}" in taken.what, "it says who holds the port"
     assert (taken.state, "--port" in taken.remedy) == (PROBLEM, True)
+
+
+def test_a_gateway_that_runs_is_named_and_not_called_free() -> None:
+    class Gateway(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"name": "tidegate"}')
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Gateway) as server:
+        answering = threading.Thread(target=server.handle_request)
+        answering.start()
+        found = check_port("127.0.0.1", server.server_port)
+        answering.join()
+    assert found.state == WARNING
+    assert "a Tidegate gateway that runs already" in found.what
+
+
+def test_who_listens_is_found_in_proc(tmp_path: Path) -> None:
+    """Port 8700 (0x21FC), inode 77, held by process 4321."""
+    (tmp_path / "net").mkdir()
+    row = "0: 0100007F:21FC 00000000:0000 0A 00000000:00000000 00:00000000 00000000 0 0 77 1 0 100 0 0 10 0"
+    (tmp_path / "net" / "tcp").write_text(f"  sl  local_address rem_address   st tx rx tr tm re uid to inode\n{row}\n")
+    (tmp_path / "net" / "tcp6").write_text("")
+    (tmp_path / "4321" / "fd").mkdir(parents=True)
+    (tmp_path / "4321" / "fd" / "3").symlink_to("socket:[77]")
+    (tmp_path / "4321" / "cmdline").write_bytes(b"python\0-m\0gateway\0")
+    assert holder(8700, tmp_path) == ": python -m gateway, process 4321"
+    assert holder(8701, tmp_path) == ""
+    assert holder(8700, tmp_path / "nowhere") == ""
 
 
 def test_a_redis_that_is_not_there(free_port: int) -> None:
