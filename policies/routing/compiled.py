@@ -25,6 +25,7 @@ def _cache_folder() -> str:
         "rules",
         "estimation",
         "features",
+        "per_request",
         "randomness",
         "queueing_model",
         "arrival_process",

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from policies.routing import estimation, rules
+from policies.routing import estimation, per_request, rules
 from policies.routing.arrival_process import next_arrival
 from policies.routing.compiled import jit
 from policies.routing.contract import HOLD
@@ -47,6 +47,8 @@ from policies.routing.randomness import ROUTE_STREAM, draw_uniform
 
 RULE_NUMBERS = {name: k for k, name in enumerate(rules.RULES)}
 """Number by which compiled code knows a rule (an integer keeps one cached compilation for all rules)."""
+LEARNED_REQUEST = len(RULE_NUMBERS)
+"""Number of the learned rule, which needs weights (`per_request.py`)."""
 
 _uniform = jit(rules.uniform)
 _light_only = jit(rules.light_only)
@@ -62,13 +64,17 @@ _arrive_batched = jit(estimation.arrive_batched)
 _depart_batched = jit(estimation.depart_batched)
 _learn_service = jit(estimation.learn_service)
 _learn_margin = jit(estimation.learn_margin)
+_learned_request = jit(per_request.learned_request)
+_note_arrival = jit(per_request.note_arrival)
+_learn_spread = jit(per_request.learn_spread)
 
 
 @jit
 def _choose(
-    rule: int, now_s: float, budget_s: float, draw: float, length: Any, capacity: Any, clear_s: Any, service_s: Any,
-    rank: Any, margin: Any,
+    y: System, rule: int, now_s: float, budget_s: float, draw: float, length: Any, clear_s: Any, service_s: Any,
+    margin: Any,
 ) -> int:  # fmt: skip
+    capacity, rank = y.capacity, y.rank
     if rule == 6:
         return _deadline(now_s, budget_s, draw, length, capacity, clear_s, service_s, rank, margin)
     if rule == 0:
@@ -79,6 +85,10 @@ def _choose(
         return _single_queue(now_s, budget_s, draw, length, capacity, clear_s, service_s, rank, margin)
     if rule == 5:
         return _single_queue_random(now_s, budget_s, draw, length, capacity, clear_s, service_s, rank, margin)
+    if rule == 7:
+        return _learned_request(
+            now_s, budget_s, draw, length, capacity, clear_s, service_s, rank, margin, y.accuracy, y.weights
+        )
     return _heavy_only(now_s, budget_s, draw, length, capacity, clear_s, service_s, rank, margin)
 
 
@@ -179,6 +189,9 @@ def _advance_in_order(y: System, s: State, e: int, until_s: float, rule: int) ->
         if p.learn_rate > 0.0:
             single_s = (now_s - began_s) * kind[first, MEAN_S] / kind[first, MEAN_S + ((served - 1) >> 1)]
             f[first, OWN_SERVICE_S] += p.learn_rate * (single_s - f[first, OWN_SERVICE_S])
+            if rule == LEARNED_REQUEST:
+                g = q[first, RING + head] >> 8
+                _learn_spread(single_s, s.view_service_s[e, g, first], s.trust[e, g], p.learn_rate)
             _learn_service(first, single_s, s.view_service_s[e, q[first, RING + head] >> 8], p.learn_rate)
         finish(p, kind, q, f, x, count, log, first)
         start(p, kind, grid_s, random, q, f, x, limits, count, first, now_s)
@@ -188,7 +201,7 @@ def _advance_in_order(y: System, s: State, e: int, until_s: float, rule: int) ->
             budget_s = s.central_s[e, j] + p.requirement_s - now_s
             draw = draw_uniform(random, ROUTE_STREAM)
             length, clear_s, service_s = s.view_length[e, 0], s.view_clear_s[e, 0], s.view_service_s[e, 0]
-            i = _choose(rule, now_s, budget_s, draw, length, y.capacity, clear_s, service_s, y.rank, s.trust[e, 0])
+            i = _choose(y, rule, now_s, budget_s, draw, length, clear_s, service_s, s.trust[e, 0])
             if i >= 0:
                 z[CENTRAL_HEAD] = j + 1 if j + 1 < s.central_s.shape[1] else 0
                 z[CENTRAL_LENGTH] -= 1
@@ -240,7 +253,9 @@ def run_rule_in(y: System, s: State, e: int, rule: int, until_s: float) -> None:
         )
         if p.batching:
             service_s = s.view_batch[e, g, BATCH_ADDED_S]
-        i = _choose(rule, now_s, p.requirement_s, draw, length, y.capacity, clear_s, service_s, y.rank, trust)
+        if rule == LEARNED_REQUEST:
+            _note_arrival(now_s, trust)
+        i = _choose(y, rule, now_s, p.requirement_s, draw, length, clear_s, service_s, trust)
         if i == HOLD:
             places = s.central_s.shape[1]
             if z[CENTRAL_LENGTH] >= places:
@@ -266,7 +281,7 @@ def run_rule_in(y: System, s: State, e: int, rule: int, until_s: float) -> None:
             else:
                 clear_s[i] = clear_at_s(kind, q, f, i, now_s)
             length[i] = y.capacity[i]
-            i = _choose(rule, now_s, p.requirement_s, draw, length, y.capacity, clear_s, service_s, y.rank, trust)
+            i = _choose(y, rule, now_s, p.requirement_s, draw, length, clear_s, service_s, trust)
             length[refused] = held
         foreseen_s = max(clear_s[i] - now_s, 0.0) + service_s[i]
         _sent(p, kind, s, e, g, i, now_s)

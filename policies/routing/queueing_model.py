@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from policies.routing.contract import BATCH_SIZES, FloatArray, InstanceKind, IntArray, RoutingError
 from policies.routing.estimation import FIRST_MARGIN, new_margin
+from policies.routing.per_request import new_state
 from policies.routing.randomness import streams
 
 DETERMINISTIC, GAMMA, LOGNORMAL, EMPIRICAL = 0, 1, 2, 3
@@ -199,6 +200,8 @@ class System(NamedTuple):
     hold_s: FloatArray  # [m] periodic only
     trace_s: FloatArray
     trace_phase: IntArray
+    accuracy: FloatArray  # [n]
+    weights: FloatArray  # of the learned rule, or empty
 
 
 class State(NamedTuple):
@@ -219,7 +222,7 @@ class State(NamedTuple):
     view_clear_s: FloatArray  # [E, G, n]
     view_service_s: FloatArray  # [E, G, n]
     view_batch: FloatArray  # [E, G, 2, n], batching only: what one more request adds, and how many are in service
-    trust: FloatArray  # [E, G, MARGIN_STATE]
+    trust: FloatArray  # [E, G, MARGIN_STATE], or REQUEST_STATE for the learned rule
     central: IntArray  # [E, Q, 2] tag and number of the requests in the central queue
     central_s: FloatArray  # [E, Q] their arrival times
     log: FloatArray  # [N, 2] instance (-1: lost) and finish time per request, or empty
@@ -240,12 +243,14 @@ def build(
     learn_trust: bool = False,
     learn_rate: float = 0.0,
     log: int = 0,
+    weights: FloatArray | None = None,
 ) -> tuple[System, State]:
     """Flat arrays for a simulation that starts empty at time 0, phases drawn from their stationary law.
 
     margin: where margin[0] starts; learn_trust, learn_rate: whether margin and service times are learned online;
     gateways, refresh_s, bounce: several gateways that see each other's load up to refresh_s late, and whether the
-    workers bounce; log: number of requests whose instance and finish are recorded (one environment only).
+    workers bounce; weights: of the learned rule; log: number of requests whose instance and finish are recorded (one
+    environment only).
     """
     n, m = len(service.kinds), arrivals.phases
     if arrivals.kind == TRACE and environments != 1:
@@ -284,6 +289,8 @@ def build(
         hold_s=hold_s,
         trace_s=np.zeros(0) if arrivals.time_s is None else arrivals.time_s,
         trace_phase=np.zeros(0, dtype=np.int64) if arrivals.phase is None else arrivals.phase,
+        accuracy=accuracy,
+        weights=np.zeros(0) if weights is None else weights,
     )
     e, g, c = environments, gateways, int(capacity.max())
     places = service.central_capacity or int(capacity.sum())
@@ -299,7 +306,10 @@ def build(
         view_clear_s=np.zeros((e, g, n)),
         view_service_s=np.tile(mean_s[:, 0], (e, g, 1)),
         view_batch=np.zeros((e, g, 2, n if batching else 0)),
-        trust=np.tile(np.array([margin, *new_margin()[1:]]), (e, g, 1)),
+        trust=np.tile(
+            np.array(new_state(margin, new_margin()[1]) if weights is not None else [margin, new_margin()[1]]),
+            (e, g, 1),
+        ),
         central=np.zeros((e, places, 2), dtype=np.int64),
         central_s=np.zeros((e, places)),
         log=np.tile([-1.0, np.nan], (log, 1)),

@@ -18,8 +18,9 @@ import numpy as np
 from policies.routing.arrival_process import next_arrival
 from policies.routing.compiled import jit, kernel
 from policies.routing.contract import FloatArray, IntArray, RoutingError
-from policies.routing.gateway_views import RULE_NUMBERS, run_rule_in
+from policies.routing.gateway_views import LEARNED_REQUEST, RULE_NUMBERS, run_rule_in
 from policies.routing.instance_queue import admit, finish, start
+from policies.routing.per_request import WEIGHTS
 from policies.routing.queueing_model import ARRIVED, FINISH_S, LENGTH, NOW_S, PHASE, POSITION, SERVING, State, System
 from policies.routing.randomness import ROUTE_STREAM, draw_uniform
 
@@ -128,8 +129,16 @@ def run_tables(
 
 
 def run_rule(system: System, state: State, rule: str, until_s: float, threads: int = 1) -> None:
-    """Every environment to until_s under the per-request rule of this name; an error lists the names."""
-    if rule not in RULE_NUMBERS:
-        raise RoutingError(f"rule = {rule!r}: must be one of {sorted(RULE_NUMBERS)}")
-    number = RULE_NUMBERS[rule]
+    """Every environment to until_s under the per-request rule of this name; an error lists the names.
+
+    `learned-request` runs with the weights that the system was built with.
+    """
+    if rule == "learned-request":
+        if len(system.weights) != WEIGHTS:
+            raise RoutingError(f"rule = {rule!r}: build the system with its {WEIGHTS} weights")
+        number = LEARNED_REQUEST
+    elif rule in RULE_NUMBERS:
+        number = RULE_NUMBERS[rule]
+    else:
+        raise RoutingError(f"rule = {rule!r}: must be learned-request or one of {sorted(RULE_NUMBERS)}")
     _spread(threads, len(state.clock), lambda lo, hi: _rules(system, state, number, float(until_s), lo, hi))
