@@ -10,8 +10,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from policies.routing.sparse_layer import SparseLayer
-
 HIDDEN = (90, 60)
 
 
@@ -49,7 +47,8 @@ class Scheduler(nn.Module):
     def __init__(self, inputs: int, instances: int, variants: int = 0, choices: int = 0) -> None:
         super().__init__()
         self.instances, self.variants, self.choices = instances, variants, choices
-        self.actor = tower(inputs, instances + variants * choices, 0.01)
+        self.outputs = instances + variants * choices
+        self.actor = tower(inputs, self.outputs, 0.01)
         self.critic = tower(inputs, 1, 1.0)
 
     def lean(self, start: list[float], batches: list[float]) -> None:
@@ -66,18 +65,6 @@ class Scheduler(nn.Module):
         """Table logits [..., n] and batch logits [..., variants, choices] in the actor's output."""
         batches = out[..., self.instances :].reshape(*out.shape[:-1], self.variants, self.choices)
         return out[..., : self.instances], batches
-
-    def both(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The actor's outputs [B, outputs] and the critic's values [B], in its units, for rows int64[B] of x [N, F].
-
-        The same numbers as calling `actor` and `critic` on x[rows], by way of `SparseLayer`.
-        """
-        first = self.actor[0], self.critic[0]
-        weight = torch.cat([layer.weight for layer in first]).t().contiguous()  # type: ignore[misc]
-        bias = torch.cat([layer.bias for layer in first])  # type: ignore[misc]
-        hidden = torch.tanh(SparseLayer.apply(x, rows, weight, bias))  # type: ignore[no-untyped-call]
-        actor, critic = hidden[:, : HIDDEN[0]], hidden[:, HIDDEN[0] :]
-        return self.actor[2:](actor), self.critic[2:](critic).squeeze(-1)
 
     def log_prob(self, out: Tensor, log_y: Tensor, pairs: Tensor, sigma: float) -> Tensor:
         """Log-density of tables (and log-probability of batch choices int64[B, variants]) given actor outputs."""

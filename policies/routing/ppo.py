@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from policies.routing import fused, towers
 from policies.routing.artifact import write_artifact
 from policies.routing.contract import BATCH_SIZES
 from policies.routing.environment import PAIRS, SlotEnvironments
 from policies.routing.network import Scheduler
 from policies.routing.presets import Preset
 from policies.routing.queueing_model import ArrivalModel, ServiceModel
+from policies.routing.returns import advantages, without_input
 from policies.routing.scores import Scores, scores_of
 
 AS_THEY_COME = (1, BATCH_SIZES[-1])
@@ -54,39 +56,6 @@ class Progress:
     scores: dict[str, Scores]
 
 
-def clipped_objective(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Mean of Eq. 10's terms: the smaller of the plain and the clipped importance-weighted advantage."""
-    return torch.minimum(ratio * advantage, ratio.clamp(1.0 - clip, 1.0 + clip) * advantage).mean()
-
-
-def advantages(
-    reward: NDArray[np.float32], value: NDArray[np.float32], gamma: float, gae_lambda: float
-) -> NDArray[np.float32]:
-    """Generalised advantage estimates (Eq. 11, with the discount on the next value that [57] of Tan has).
-
-    reward float32[T, E], value float32[T + 1, E]; returns float32[T, E].
-    """
-    out = np.zeros_like(reward)
-    running = np.zeros(reward.shape[1], dtype=np.float32)
-    for t in range(len(reward) - 1, -1, -1):
-        running = reward[t] + gamma * value[t + 1] - value[t] + gamma * gae_lambda * running
-        out[t] = running
-    return out
-
-
-def without_input(reward: NDArray[np.float32], given: NDArray[np.float64]) -> NDArray[np.float32]:
-    """The rewards [T, E] less what the exogenous input [T, E, K] explains of them by least squares.
-
-    What no policy can change can be taken out of the reward without moving any policy's rank: each loses the same.
-    The best policy stays the best, but the noise of when bursts come and how long they last is gone.
-    """
-    x = torch.from_numpy(given.reshape(-1, given.shape[-1]))
-    y = torch.from_numpy(reward.reshape(-1).astype(np.float64))
-    normal = x.T @ x + 1e-6 * len(x) * torch.eye(x.shape[1], dtype=torch.float64)
-    explained = (x @ torch.linalg.solve(normal, x.T @ y)).reshape(reward.shape)
-    return np.asarray(reward - explained.numpy(), dtype=np.float32)
-
-
 class Trainer:
     """A training run: `run` to the end, `save` and `load` in between; the same seed repeats it bit for bit."""
 
@@ -107,7 +76,9 @@ class Trainer:
             [share / heavy if k.rank == 0 else (1.0 - share) / light for k in kinds],
             [preset.batch_start if pair == AS_THEY_COME else rest for pair in PAIRS],
         )
-        self.adam = torch.optim.Adam(self.network.parameters(), lr=preset.learning_rate)
+        self.adam = torch.optim.Adam(self.network.parameters(), lr=preset.learning_rate, fused=True)
+        sides = towers.pack(self.network.actor), towers.pack(self.network.critic)
+        self._scratch = [(fused.scratch_for(sides[0]), fused.scratch_for(sides[1])) for _ in range(threads)]
         self.noise = torch.Generator().manual_seed(seed + 1)
         self.update = 0
         self.value_mean, self.value_scale = 0.0, 0.0
@@ -145,39 +116,46 @@ class Trainer:
         p = self.preset
         steps, e, n = p.slots_per_update // p.environments, p.environments, self.network.instances
         seen = np.zeros((steps + 1, e, self.layout.size), dtype=np.float32)
+        outputs = torch.zeros((steps, e, self.network.outputs))
         log_y = torch.zeros((steps, e, n))
         pairs = torch.zeros((steps, e, self.variants), dtype=torch.int64)
         reward = np.zeros((steps, e), dtype=np.float32)
         given = np.zeros((steps, e, 9 * self.task.arrivals.phases))
         value = np.zeros((steps + 1, e), dtype=np.float32)
-        old = torch.zeros((steps, e))
+        sides = towers.pack(self.network.actor), towers.pack(self.network.critic)
+        for t in range(steps + 1):
+            self.environments.observe(seen[t])
+            out, values = self._look(sides, seen[t])
+            value[t] = values * (self.value_scale or 1.0) + self.value_mean
+            if t == steps:
+                break
+            outputs[t] = out
+            log_y[t], pairs[t] = self._act(out, p.sigma)
+            reward[t] = self._step(self.environments, log_y[t], pairs[t])
+            given[t] = self.environments.exogenous()
         with torch.no_grad():
-            for t in range(steps + 1):
-                self.environments.observe(seen[t])
-                out, values = self._look(seen[t])
-                value[t] = values.numpy() * (self.value_scale or 1.0) + self.value_mean
-                if t == steps:
-                    break
-                log_y[t], pairs[t] = self._act(out, p.sigma)
-                old[t] = self.network.log_prob(out, log_y[t], pairs[t], p.sigma)
-                reward[t] = self._step(self.environments, log_y[t], pairs[t])
-                given[t] = self.environments.exogenous()
+            old = self.network.log_prob(outputs, log_y, pairs, p.sigma)
         mean_reward = float(reward.mean())
         if p.input_baseline:
             reward = without_input(reward, given)
         self._rescale(reward, value)
         advantage = advantages(reward, value, p.gamma, p.gae_lambda)
-        target = torch.from_numpy((advantage + value[:-1] - self.value_mean) / self.value_scale).flatten()
-        self._learn(
-            torch.from_numpy(seen[:-1]).flatten(0, 1), log_y.flatten(0, 1), pairs.flatten(0, 1), old.flatten(),
-            torch.from_numpy(advantage).flatten(), target,
+        target = (advantage + value[:-1] - self.value_mean) / self.value_scale
+        done = towers.Seen(
+            log_y.flatten(0, 1).numpy(), pairs.flatten(0, 1).numpy(), old.flatten().numpy(), advantage.ravel(),
+            target.ravel(),
         )  # fmt: skip
+        self._learn(towers.compact(seen[:-1].reshape(steps * e, -1)), done)
         self.update += 1
         return mean_reward
 
-    def _look(self, seen: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-        """Actor outputs and values of all environments."""
-        return self.network.both(torch.from_numpy(seen), torch.arange(len(seen)))
+    def _look(
+        self, sides: tuple[towers.Tower, towers.Tower], seen: NDArray[np.float32]
+    ) -> tuple[Tensor, NDArray[np.float32]]:
+        """Actor outputs [E, outputs] and values [E] of all environments."""
+        (actor, critic), rows = self._scratch[0], towers.compact(seen)
+        out = fused.forward(sides[0], actor, rows, self.network.outputs)
+        return torch.from_numpy(out), fused.forward(sides[1], critic, rows, 1)[:, 0]
 
     def _act(self, out: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities [E, n] and batch choices [E, variants]; sigma = 0 gives the most likely ones."""
@@ -222,65 +200,43 @@ class Trainer:
             last.weight.mul_(old_scale / self.value_scale)
             last.bias.mul_(old_scale).add_(old_mean - self.value_mean).div_(self.value_scale)
 
-    def _learn(
-        self, observed: Tensor, log_y: Tensor, pairs: Tensor, old: Tensor, advantage: Tensor, target: Tensor
-    ) -> None:
+    def _learn(self, rows: towers.Rows, seen: towers.Seen) -> None:
         p = self.preset
         done = min(self.slots / p.slots, 1.0)
         for group in self.adam.param_groups:
             group["lr"] = p.learning_rate * (1.0 - (1.0 - p.final_rate) * done)
-        weights = list(self.network.parameters())
-        waiting = len(list(self.network.actor.parameters())) if self.update < p.critic_first else 0
+        actor, critic = self.network.actor, self.network.critic
         with ThreadPoolExecutor(self.threads) as pool:
             for _ in range(p.epochs):
-                order = torch.randperm(len(observed), generator=self.noise)
+                order = torch.randperm(len(seen.target), generator=self.noise).numpy()
                 for at in range(0, len(order), p.minibatch):
                     chosen = order[at : at + p.minibatch]
-                    gain = advantage[chosen]
-                    gain = (gain - gain.mean()) / (gain.std() + 1e-8)
+                    gain = seen.advantage[chosen]
+                    sides = towers.pack(actor), towers.pack(critic)
                     # Whole parts of the minibatch side by side scale better than threads inside each operation.
                     work = [
                         pool.submit(
-                            self._gradient, observed, rows, log_y[rows], pairs[rows], old[rows], part, target[rows],
-                            len(rows) / len(chosen),
+                            fused.gradient, sides, scratch, rows, seen, part, choices=self.network.choices,
+                            mean=float(gain.mean()), spread=float(gain.std()) + 1e-8, sigma=p.sigma, clip=p.clip,
+                            entropy=p.entropy, weight=1.0 / len(chosen),
                         )
-                        for rows, part in zip(chosen.chunk(self.threads), gain.chunk(self.threads), strict=True)
+                        for part, scratch in zip(np.array_split(chosen, self.threads), self._scratch, strict=True)
                     ]  # fmt: skip
                     parts = [w.result() for w in work]
-                    for weight, *gradients in zip(weights, *parts, strict=True):
-                        weight.grad = sum(gradients[1:], gradients[0])
-                    for weight in weights[:waiting]:
-                        weight.grad = None
+                    for network, found in zip((actor, critic), zip(*parts, strict=True), strict=True):
+                        for weight, gradient in zip(network.parameters(), towers.unpack(found, network), strict=True):
+                            weight.grad = gradient
+                    if self.update < p.critic_first:
+                        for weight in actor.parameters():
+                            weight.grad = None
                     self.adam.step()
-
-    def _gradient(
-        self,
-        observed: Tensor,
-        rows: Tensor,
-        log_y: Tensor,
-        pairs: Tensor,
-        old: Tensor,
-        gain: Tensor,
-        target: Tensor,
-        weight: float,
-    ) -> tuple[Tensor, ...]:
-        """Gradients, times weight, of the critic's error less the actor's objective over part of a minibatch."""
-        p = self.preset
-        out, value = self.network.both(observed, rows)
-        new = self.network.log_prob(out, log_y, pairs, p.sigma)
-        objective = clipped_objective((new - old).exp(), gain, p.clip)
-        loss = (value - target).square().mean() - objective
-        if p.entropy and self.variants:
-            choice = torch.log_softmax(self.network.heads(out)[1], -1)
-            loss = loss + p.entropy * (choice.exp() * choice).sum(-1).mean()
-        return torch.autograd.grad(loss * weight, list(self.network.parameters()))
 
     def examine(self, slots: int = 100) -> dict[str, Scores]:
         """Scores of the policy without noise over `slots` more slots of 200 environments kept for this."""
-        with torch.no_grad():
-            for _ in range(slots):
-                out, _ = self._look(self._examined.observe())
-                self._step(self._examined, *self._act(out, 0.0))
+        sides = towers.pack(self.network.actor), towers.pack(self.network.critic)
+        for _ in range(slots):
+            out, _ = self._look(sides, self._examined.observe())
+            self._step(self._examined, *self._act(out, 0.0))
         return scores_of(self._examined.take_counts(), self.task.arrivals.phase_names)
 
     def export(self, folder: Path, record: dict[str, Any]) -> None:
@@ -323,5 +279,6 @@ class Trainer:
         self.value_mean, self.value_scale = kept["value"]
         for name, env in (("train", self.environments), ("examined", self._examined)):
             for key, array in env.state._asdict().items():
-                array.view(np.int64)[...] = kept["simulated"][name][key].numpy()
+                if key in kept["simulated"][name]:  # what only rules use may be newer than the checkpoint
+                    array.view(np.int64)[...] = kept["simulated"][name][key].numpy()
         self.environments.slots, self._examined.slots = kept["steps"]

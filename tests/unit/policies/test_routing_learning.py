@@ -15,9 +15,10 @@ from policies.routing.environment import SlotEnvironments
 from policies.routing.features import features, layout_for
 from policies.routing.learned import load_policy
 from policies.routing.network import log_density
-from policies.routing.ppo import Progress, Trainer, advantages, clipped_objective, without_input
+from policies.routing.ppo import Progress, Trainer
 from policies.routing.presets import PAPER_KINDS, Preset, paper_service, preset
 from policies.routing.queueing_model import HEAD, LENGTH, NOW_S, PHASE, RING, SERVING, STARTED_S, paper_arrivals
+from policies.routing.returns import advantages, without_input
 from policies.routing.train import paper_task
 
 SIGMA = 0.698
@@ -70,13 +71,6 @@ def test_advantages_equal_the_sum_of_eq_11() -> None:
     for t in range(6):
         expected = sum(0.72 ** (k - t) * (reward[k] + 0.9 * value[k + 1] - value[k]) for k in range(t, 6))
         assert np.allclose(found[t], expected, atol=1e-5)
-
-
-def test_clipping_is_eq_10() -> None:
-    ratio = torch.tensor([0.5, 0.5, 1.5, 1.5, 1.1])
-    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 2.0])
-    expected = torch.tensor([0.5, -0.8, 1.2, -1.5, 2.2]).mean()
-    assert float(clipped_objective(ratio, advantage, 0.2)) == pytest.approx(float(expected))
 
 
 def test_the_exogenous_input_is_taken_out_of_the_reward() -> None:
