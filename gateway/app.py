@@ -2,26 +2,25 @@
 
 `TidegateApp` is what uvicorn calls. It hands ``/v1/{service}`` straight to `Gateway.infer` and ``/v2`` to
 `OpenInference` (a FastAPI endpoint costs two to four times as much per request), and everything else to FastAPI. Raw
-operations are declared in the OpenAPI document by hand; a test holds document and handlers together. The only file
-that imports fastapi.
+operations are declared in the OpenAPI document by hand (`document.py`). The only file that imports fastapi.
 """
 
 import hmac
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException as AnyHTTPException
 
-from gateway.admission import ACCEPTED_TYPES, Receive, Scope, check_length, read_body
+from gateway.admission import Receive, Scope, check_length, read_body
 from gateway.dispatch import ClientGone, Refused
-from gateway.handle import PREFIX, Gateway
+from gateway.document import INTRODUCTION, TAGS, complete
+from gateway.handle import Gateway, GatewayStatistics
 from gateway.oip import OpenInference
-from gateway.oip_document import OIP_PATHS
 from gateway.responses import Send
 from gateway.router import ROUTERS
 from protocol.board import BOARD_ERRORS
@@ -43,9 +42,7 @@ class TidegateApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry point."""
-        if scope["type"] == "http" and scope["path"].startswith(PREFIX):
-            await self.gateway.infer(scope, receive, send)
-        elif scope["type"] == "http" and f"{scope['path']}/".startswith("/v2/"):
+        if scope["type"] == "http" and f"{scope['path']}/".startswith("/v2/"):
             await self._open_inference(scope, receive, send)
         else:
             await self.api(scope, receive, send)
@@ -62,9 +59,39 @@ class DeploymentBody(Deployment, frozen=True, forbid_unknown_fields=True):
     """Body of `PUT /admin/deployment`. Unlike a reader of the board, it refuses keys that it does not know."""
 
 
+BODIES: Final = {
+    ("/admin/deployment", "put"): DeploymentBody,
+    ("/admin/services/{service}/router", "put"): RouterChange,
+    ("/admin/services/{service}/shadow", "put"): RouterChange,
+}
+ANSWERS: Final = {
+    ("/state", "get"): GatewayStatistics,
+    ("/admin/deployment", "get"): Deployment,
+    ("/admin/deployment", "put"): Deployment,
+    ("/admin/services/{service}/router", "put"): Deployment,
+    ("/admin/services/{service}/rollback", "post"): Deployment,
+}
+
+
 def build_api(gateway: Gateway) -> FastAPI:
     """Everything but the infer path."""
     api = FastAPIOffline(title="Tidegate", version=VERSION, redoc_url=None)
+
+    @api.get("/", include_in_schema=False)
+    async def index(request: Request) -> Response:
+        if "text/html" in request.headers.get("accept", ""):
+            return RedirectResponse("/docs")
+        return _json(
+            {
+                "tidegate": VERSION,
+                "ask": {name: f"POST an image to /v1/{name}" for name in few_of(gateway.fleet.services)},
+                "docs": "/docs",
+                "state": "/state",
+                "ready": "/readyz",
+                "metrics": "/metrics",
+                "open_inference_protocol": "/v2",
+            }
+        )
 
     @api.get("/healthz", summary="Is this process alive?", tags=["health"])
     async def healthz() -> dict[str, str]:
@@ -146,9 +173,7 @@ def build_api(gateway: Gateway) -> FastAPI:
     async def roll_back(service: str) -> Response:
         former = await _reached(gateway.fleet.board.former(service))
         if former is None:
-            raise HTTPException(
-                409, f"the router of {service!r} has not been changed: there is nothing to roll back to"
-            )
+            raise HTTPException(409, f"the router of {service!r} has not been changed: nothing to roll back to")
         return await switch(service, RouterChange(former.router, former.policy_file))
 
     @api.put(
@@ -186,9 +211,10 @@ def build_api(gateway: Gateway) -> FastAPI:
 
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:
-            document = get_openapi(title=api.title, version=api.version, routes=api.routes)
-            document["paths"]["/v1/{service}"] = {"post": INFER_OPERATION}
-            document["paths"].update(OIP_PATHS)
+            document = get_openapi(
+                title=api.title, version=api.version, description=INTRODUCTION, tags=TAGS, routes=api.routes
+            )
+            complete(document, BODIES, ANSWERS)
             api.openapi_schema = document
         return api.openapi_schema
 
@@ -247,96 +273,3 @@ def _decode(body: bytes, type_: Any, what: str) -> Any:
 
 def _json(value: Any) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
-
-
-def _headers(**others: str) -> dict[str, Any]:
-    """Response headers for the document, by name with _ for -."""
-    described = {"X-Request-Id": "The request's, or the one it was given."} | {
-        name.replace("_", "-"): text for name, text in others.items()
-    }
-    return {name: {"description": text, "schema": {"type": "string"}} for name, text in described.items()}
-
-
-def _error(description: str, **headers: str) -> dict[str, Any]:
-    schema = {
-        "type": "object",
-        "required": ["error", "code"],
-        "properties": {"error": {"type": "string"}, "code": {"type": "string"}, "id": {"type": "string"}},
-    }
-    content = {"application/json": {"schema": schema}}
-    return {"description": description, "headers": _headers(**headers), "content": content}
-
-
-_NUMBER = {"type": "number"}
-_RETRY_AFTER = "Seconds until a place may be free."
-_ANSWER_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "predictions": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "properties": {"label": {"type": "string"}, "class_id": {"type": "integer"}, "score": _NUMBER},
-            },
-        },
-        "id": {"type": "string"},
-        "service": {"type": "string"},
-        "variant": {"type": "string"},
-        "instance": {"type": "string"},
-        "rank": {"type": "integer", "description": "0 is the heaviest variant of the service"},
-        "outcome": {"type": "string", "enum": ["OK", "LATE"]},
-        "attempts": {"type": "integer"},
-        "batch": {"type": "integer"},
-        "timings_ms": {
-            "type": "object",
-            "properties": {"total": _NUMBER, "prepare": _NUMBER, "queue": _NUMBER, "service": _NUMBER},
-        },
-    },
-}
-INFER_OPERATION: dict[str, Any] = {
-    "tags": ["inference"],
-    "summary": "Classify an image",
-    "operationId": "infer",
-    "parameters": [
-        {"name": "service", "in": "path", "required": True, "schema": {"type": "string"}},
-        {
-            "name": "X-Deadline-Ms",
-            "in": "header",
-            "schema": _NUMBER,
-            "description": "Time that the answer may take; the service's latency requirement if absent.",
-        },
-        {
-            "name": "X-Request-Id",
-            "in": "header",
-            "schema": {"type": "string"},
-            "description": "Echoed; made if absent.",
-        },
-    ],
-    "requestBody": {
-        "required": True,
-        "content": {
-            **{one: {"schema": {"type": "string", "format": "binary"}} for one in sorted(ACCEPTED_TYPES)},
-            "multipart/form-data": {
-                "schema": {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
-            },
-        },
-    },
-    "responses": {
-        "200": {
-            "description": "OK, or LATE with the header X-Tidegate-Late: 1",
-            "headers": _headers(X_Tidegate_Late="1 if the answer came after the deadline, else absent."),
-            "content": {"application/json": {"schema": _ANSWER_SCHEMA}},
-        },
-        "400": _error("INVALID: an empty or unreadable image, a bad header"),
-        "404": _error("INVALID: no such service"),
-        "405": _error("INVALID: only POST", Allow="POST"),
-        "408": _error("INVALID: the body came too slowly"),
-        "413": _error("INVALID: too many bytes or pixels"),
-        "415": _error("INVALID: content type not accepted"),
-        "422": _error("INVALID: the tensor does not fit the model"),
-        "429": _error("QUEUE_FULL", Retry_After=_RETRY_AFTER),
-        "500": _error("FAILED: the model raised"),
-        "503": _error("UNAVAILABLE: no ready instance", Retry_After=_RETRY_AFTER),
-        "504": _error("EXPIRED: it could not finish in time (or LATE where the service answers lateness with errors)"),
-    },
-}
