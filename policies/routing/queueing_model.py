@@ -4,7 +4,8 @@
 that compiled code walks over. Leading axis of every `State` array: e, the environment.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -73,6 +74,17 @@ class ServiceModel:
             value = getattr(self, name)
             if value is not None and len(value) != n:
                 raise RoutingError(f"{name} has {len(value)} entries: one per instance, {n}, is needed")
+
+    def with_instances(self, chosen: Sequence[int]) -> "ServiceModel":
+        """The same service with these of its instances, by number; one named twice is there twice."""
+        each = list(chosen)
+        return replace(
+            self,
+            kinds=tuple(self.kinds[i] for i in each),
+            quantiles_s=None if self.quantiles_s is None else self.quantiles_s[each],
+            reward_accuracy=None if self.reward_accuracy is None else tuple(self.reward_accuracy[i] for i in each),
+            slow_factor=None if self.slow_factor is None else tuple(self.slow_factor[i] for i in each),
+        )
 
     def mean_batch_s(self) -> FloatArray:
         """Mean service times float64[n, 3] of batches of 1, 3 and 5."""
