@@ -106,7 +106,7 @@ async def _record(url: str, service: str, duration_s: float | None, console: Con
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
-        links = await _find_gateways(url, stack)
+        links = await find_gateways(url, stack)
         start_s = time.monotonic()
         recorder = Recorder(start_s, service)
         for link in links:
@@ -163,7 +163,7 @@ class _Link:
                 raise RecordError(f"no gateway answers at {self._url} ({error}): start one with tidegate up") from error
 
 
-async def _find_gateways(url: str, stack: contextlib.AsyncExitStack) -> list[_Link]:
+async def find_gateways(url: str, stack: contextlib.AsyncExitStack) -> list[_Link]:
     """One link per gateway process that answers at `url`."""
     found: dict[str, _Link] = {}
     for _ in range(CONNECTIONS_TRIED):

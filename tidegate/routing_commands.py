@@ -2,7 +2,7 @@
 
 import typer
 
-from tidegate import routing_live, routing_scoring, routing_sim_equals_live, routing_training
+from tidegate import routing_learning, routing_live, routing_scoring, routing_sim_equals_live, routing_training
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,7 +14,7 @@ app.command("bench")(routing_scoring.bench)
 app.command("limit")(routing_scoring.limit)
 app.command("robustness")(routing_scoring.robustness)
 app.command("train")(routing_training.train)
-app.command("learn")(routing_training.learn)
+app.command("learn")(routing_learning.learn)
 app.command("advise")(routing_training.advise)
 app.command("use")(routing_live.use)
 app.command("shadow")(routing_live.shadow)

@@ -1,11 +1,15 @@
-"""`tidegate routing train`, `learn` and `advise`: from a workload to a router, and to what a deployment can keep."""
+"""`tidegate routing train` and `advise`: a learned router of the paper's, and what a deployment can keep."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from models.catalog import VariantError
+from protocol.deployment import DeploymentError, read_deployment
+from tidegate.deployed_service import deployed_service, the_service
 from tidegate.routing_inputs import (
     WRONG,
     AsJson,
@@ -18,10 +22,11 @@ from tidegate.routing_inputs import (
     arrivals_of,
     errors,
     fail,
-    progress_bar,
-    score_lines,
     service_of,
 )
+
+if TYPE_CHECKING:
+    from policies.routing.queueing_model import ServiceModel
 
 
 def train(
@@ -53,64 +58,41 @@ def train(
     raise typer.Exit(status)
 
 
-def learn(
-    out: Annotated[Path, typer.Option(help="folder for the artifact and ranking.json")],
-    workload: Workload = "paper",
-    minutes: Annotated[float, typer.Option(help="time for training")] = 6.0,
-    profile: ProfileFile = None,
-    instances: Instances = "",
-    requirement_ms: RequirementMs = 300.0,
-    seed: Seed = 1,
-    threads: Threads = 2,
-    json_output: AsJson = False,
-) -> None:
-    """Train a router for this workload, score it against every rule, and name the winner."""
-    from policies.routing.learn import learn as learn_router
-
-    try:
-        service = service_of(profile, instances, requirement_ms / 1000.0)
-        with progress_bar() as bar:
-            task = bar.add_task("preparing", total=1.0)
-
-            def tell(what: str, share: float) -> None:
-                bar.update(task, description=what, completed=share)
-
-            found = learn_router(
-                service, arrivals_of(workload), out, minutes=minutes, seed=seed, threads=threads, report=tell
-            )
-    except WRONG as error:
-        raise fail(error) from error
-    if json_output:
-        print((out / "ranking.json").read_text())
-        return
-    print(f"winner: {found.winner} (trained {found.slots / 1e6:.2f} M slots; all scores in {out / 'ranking.json'})")
-    for line in score_lines("", {r.router: r for r in found.results}):
-        print(line)
-
-
 def advise(
+    file: Annotated[
+        Path | None, typer.Option("-f", "--file", help="deployment file; its emulated variants need no profile")
+    ] = None,
     workload: Workload = "paper",
     profile: ProfileFile = None,
     instances: Instances = "",
-    requirement_ms: RequirementMs = 300.0,
-    promise: Annotated[float, typer.Option(help="share of violations that is promised")] = 0.02,
-    router: Annotated[str, typer.Option(help="router to simulate")] = "deadline",
+    requirement_ms: Annotated[
+        float | None, typer.Option(help="latency requirement, instead of the file's (300 without a file)")
+    ] = None,
+    promise: Annotated[
+        float | None, typer.Option(help="share of violations that is promised, instead of the file's (0.02 without)")
+    ] = None,
+    router: Annotated[str, typer.Option(help="router to simulate, instead of the file's (deadline without)")] = "",
+    service: Annotated[str, typer.Option(help="service of the file; the only one if there is only one")] = "",
     slots: Annotated[int, typer.Option(help="slots per simulation")] = 20_000,
     seed: Seed = 1,
     json_output: AsJson = False,
 ) -> None:
-    """Whether a deployment will keep its promise, at what load it breaks, and what would change that."""
+    """Whether a deployment will keep its promise, at what load it breaks, and what would change that: by simulation.
+
+    Example: tidegate routing advise -f deploy/paper-t4.toml --workload monday.csv
+    """
     from policies.routing.advise import advise as advise_on
 
     try:
-        service = service_of(profile, instances, requirement_ms / 1000.0)
+        model, kept, by = _deployed(file, service, profile, instances, requirement_ms)
+        promise, router = promise if promise is not None else kept, router or by
         with errors.status("simulating"):
-            found = advise_on(service, arrivals_of(workload), promise=promise, router=router, slots=slots, seed=seed)
-    except WRONG as error:
+            found = advise_on(model, arrivals_of(workload), promise=promise, router=router, slots=slots, seed=seed)
+    except (*WRONG, DeploymentError, VariantError) as error:
         raise fail(error) from error
     if json_output:
         changes = [{"what": c.what, "breaks_at": c.breaks_at, **c.now.as_dict()} for c in found.changes]
-        print(json.dumps({"keeps": found.keeps, "promise": promise, "changes": changes}))
+        print(json.dumps({"keeps": found.keeps, "promise": promise, "router": router, "changes": changes}))
         return
     verdict = "keeps" if found.keeps else "breaks"
     print(f"{router} on {workload}: {verdict} its promise of at most {100 * promise:g}% violations")
@@ -118,3 +100,17 @@ def advise(
     for c in found.changes:
         goodput, violations = 100 * c.now.goodput_ratio, 100 * c.now.violation_ratio
         print(f"{c.what:48s}{goodput:8.2f}%{violations:11.3f}%   {c.breaks_at:.2f} x today's rates")
+
+
+def _deployed(
+    file: Path | None, service: str, profile: Path | None, instances: str, requirement_ms: float | None
+) -> "tuple[ServiceModel, float, str]":
+    """The service to simulate, the share of violations that it promises, and its router."""
+    if file is None:
+        return service_of(profile, instances, (requirement_ms or 300.0) / 1e3), 0.02, "deadline"
+    deployment = read_deployment(file)
+    spec = deployment.services[the_service(deployment, service)]
+    model = deployed_service(deployment, service, profile)
+    if requirement_ms is not None:
+        model = replace(model, requirement_s=requirement_ms / 1e3)
+    return model, round(1.0 - spec.percentile, 9), spec.router

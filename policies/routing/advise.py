@@ -55,7 +55,7 @@ def breaking_load(
     """The largest multiple of today's rates, within 2%, at which violations overall stay within the promise."""
 
     def kept(scale: float) -> bool:
-        result = evaluate(router, service, at_load(arrivals, scale), slots=slots, seed=seed)
+        result = evaluate(router, service, at_load(arrivals, scale), slots=slots, seed=seed, as_deployed=True)
         return result.scores["overall"].violation_ratio <= promise
 
     low, high = 0.0, 1.0
@@ -80,21 +80,23 @@ def advise(
 ) -> Advice:
     """Today's deployment and four changes to it: an instance more of the heaviest or the lightest variant, one heavy
     instance exchanged for a light one, and a requirement half as long again."""
-    service = replace(service, reward_accuracy=None, slow_factor=None)
-    kinds = service.kinds
-    heavy = min(kinds, key=lambda k: k.rank)
-    light = max(kinds, key=lambda k: k.rank)
-    plans = [("as it is", service), (f"one more {heavy.variant}", replace(service, kinds=(*kinds, heavy)))]
-    if light.rank != heavy.rank:
-        plans.append((f"one more {light.variant}", replace(service, kinds=(*kinds, light))))
-        rest = list(kinds)
-        rest.remove(heavy)
-        plans.append((f"a {light.variant} instead of a {heavy.variant}", replace(service, kinds=(*rest, light))))
+    kinds, everyone = service.kinds, list(range(len(service.kinds)))
+    heavy = min(everyone, key=lambda i: kinds[i].rank)
+    light = max(everyone, key=lambda i: kinds[i].rank)
+    plans = [
+        ("as it is", service),
+        (f"one more {kinds[heavy].variant}", service.with_instances([*everyone, heavy])),
+    ]
+    if kinds[light].rank != kinds[heavy].rank:
+        plans.append((f"one more {kinds[light].variant}", service.with_instances([*everyone, light])))
+        rest = [i for i in everyone if i != heavy]
+        what = f"a {kinds[light].variant} instead of a {kinds[heavy].variant}"
+        plans.append((what, service.with_instances([*rest, light])))
     longer_s = 1.5 * service.requirement_s
     plans.append((f"requirement of {1000 * longer_s:.0f} ms", replace(service, requirement_s=longer_s)))
     changes = []
     for what, plan in plans:
-        now = evaluate(router, plan, arrivals, slots=slots, seed=seed).scores["overall"]
+        now = evaluate(router, plan, arrivals, slots=slots, seed=seed, as_deployed=True).scores["overall"]
         load = breaking_load(plan, arrivals, promise, router=router, slots=slots, seed=seed)
         changes.append(Change(what, now, load))
     return Advice(changes[0].now.violation_ratio <= promise, promise, tuple(changes))
