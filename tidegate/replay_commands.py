@@ -11,16 +11,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from gateway.router import ROUTERS
+from gateway.router import PHASE_ROUTERS, ROUTERS
 from loadgen.console import live_progress, print_results
 from loadgen.figures import RouterRun
-from loadgen.payloads import PayloadError, parse_payloads
+from loadgen.payloads import PayloadError, PayloadSet, parse_payloads
 from loadgen.report import write_report
 from loadgen.score import details, not_comparable
 from loadgen.sender import SendOptions, run_on_uvloop
 from loadgen.traces import Trace, TraceError, parse_workload
 from protocol.deployment import did_you_mean
-from tidegate.running import GatewayError, RouterUnusable, RunningGateway
+from tidegate.running import GatewayError, PhaseHint, RouterUnusable, RunningGateway
 
 DIGITS_SPLIT = Path(__file__).parent.parent / "models" / "pretrained" / "digits_split.json"
 INTERRUPTED_EXIT = 130
@@ -174,7 +174,7 @@ async def _compare(plan: Plan) -> tuple[bool, dict[str, str]]:
             for router in plan.routers or (before["router"],):
                 try:
                     if plan.routers:
-                        await gateway.set_router(service, router)
+                        await gateway.set_router(service, router, _phase_hint(router, trace, payloads))
                         await gateway.until_idle(service)
                 except RouterUnusable as error:
                     left_out[router] = str(error)
@@ -200,6 +200,14 @@ async def _compare(plan: Plan) -> tuple[bool, dict[str, str]]:
     for router, why in left_out.items():
         _warn(f"{router} was left out: {why}")
     return stop.is_set(), left_out
+
+
+def _phase_hint(router: str, trace: Trace, payloads: PayloadSet) -> PhaseHint | None:
+    """For a router that must know the hidden phase: the one in which the trace begins."""
+    arrivals = trace.arrivals
+    if router not in PHASE_ROUTERS or arrivals.phase is None or not len(arrivals):
+        return None
+    return PhaseHint(payloads.payloads[0], arrivals.phase_names[int(arrivals.phase[0])])
 
 
 def _warn(text: str) -> None:

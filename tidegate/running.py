@@ -14,7 +14,7 @@ import aiohttp
 import msgspec
 
 from loadgen.figures import RouterRun
-from loadgen.payloads import PayloadSet
+from loadgen.payloads import Payload, PayloadSet
 from loadgen.score import score
 from loadgen.sender import ProgressCallback, SendOptions, replay
 from loadgen.traces import Trace
@@ -33,6 +33,13 @@ class GatewayError(RuntimeError):
 
 class RouterUnusable(GatewayError):
     """The gateway refuses this router for this service, or it does not come into force: says why."""
+
+
+class PhaseHint(msgspec.Struct, frozen=True):
+    """What a request needs that tells the workload's phase."""
+
+    payload: Payload
+    phase: str
 
 
 class RunningGateway:
@@ -111,21 +118,34 @@ class RunningGateway:
         """Switches the router without waiting for it. Raises `RouterUnusable` if the gateway refuses it."""
         await self._call("PUT", f"/admin/services/{service}/router", msgspec.json.encode({"router": router}))
 
-    async def set_router(self, service: str, router: str) -> None:
+    async def set_router(self, service: str, router: str, hint: PhaseHint | None = None) -> None:
         """Switches the router and waits until it routes (a table router: until its first table has come).
 
-        Raises `RouterUnusable` with the gateway's reason if that refuses it or it does not come into force.
+        A router that has to be told the workload's phase sets no table before it is: `hint` is a first request that
+        tells it. Raises `RouterUnusable` with the gateway's reason if it refuses or it does not come into force.
         """
         await self.ask_for_router(service, router)
         gives_up_s = time.monotonic() + ROUTER_PATIENCE_S
+        hints = [hint] if hint is not None else []
 
         async def routing() -> bool:
             state = await self.service(service)
+            if state["router"] == router and state["reason"] and hints:
+                await self._tell(service, hints.pop())
             if state["router"] == router and state["reason"] and time.monotonic() > gives_up_s:
                 raise RouterUnusable(state["reason"])
             return str(state["router"]) == router and not state["reason"]
 
         await self._until(routing, f"router {router} did not come into force for {service}")
+
+    async def _tell(self, service: str, hint: PhaseHint) -> None:
+        assert self._session is not None
+        headers = {"Content-Type": hint.payload.content_type, "X-Tidegate-Phase": hint.phase}
+        with contextlib.suppress(aiohttp.ClientError, TimeoutError):
+            async with self._session.post(
+                f"{self.url}/v1/{service}", data=hint.payload.body, headers=headers
+            ) as response:
+                await response.read()
 
     async def until_idle(self, service: str) -> None:
         """Returns once no instance of the service holds a request."""

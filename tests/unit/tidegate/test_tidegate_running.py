@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from loadgen.payloads import Payload
 from tidegate import running
-from tidegate.running import GatewayError, RouterUnusable, RunningGateway, whole_url
+from tidegate.running import GatewayError, PhaseHint, RouterUnusable, RunningGateway, whole_url
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,9 @@ class Scripted(RunningGateway):
         router, reason = self._state
         return {"services": {"digits": {"router": router, "reason": reason, "instances": []}}}
 
+    async def _tell(self, service: str, hint: PhaseHint) -> None:
+        self.calls.append((service, hint.phase))
+
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +82,14 @@ def test_a_router_that_does_not_come_into_force_is_unusable_and_says_why() -> No
     gateway = Scripted(("deadline", ""), ("learned-po", "no table yet"), ("learned-po", "trained for four instances"))
     with pytest.raises(RouterUnusable, match="trained for four instances"):
         asyncio.run(gateway.set_router("digits", "learned-po"))
+
+
+def test_a_router_that_must_know_the_phase_is_told_it_once_and_only_when_it_is_asked_for() -> None:
+    unknown = ("learned-fo", "this policy needs the phase")
+    gateway = Scripted(("deadline", ""), unknown, unknown, ("learned-fo", ""))
+    asyncio.run(gateway.set_router("digits", "learned-fo", PhaseHint(Payload(b"x", "image/png"), "bursty")))
+    assert [call for call in gateway.calls if call[1] != "/state"][1:] == [("digits", "bursty")]
+    assert gateway.calls.index(("digits", "bursty")) == 3, "not while the old router is in force"
 
 
 def test_a_change_that_never_arrives_is_an_error_of_the_gateway() -> None:
