@@ -84,13 +84,16 @@ class OipCall:
     def _read(self, model: Model, body: bytes, coding: bytes, limit: int, arrived_s: float) -> Request:
         body = decompress(body, coding, limit) if coding else body
         size = header_length(self._headers.get(b"inference-header-content-length"), len(body))
-        bare_image = size is None and self._headers.get(b"content-type", b"").lower().startswith(_RAW_IMAGE_TYPES)
+        named = self._headers.get(b"content-type", b"").lower() if size is None else b""
+        bare_image, bare_tensor = named.startswith(_RAW_IMAGE_TYPES), named.startswith(TENSOR_TYPE.encode())
         tensor = model.input
-        if size == 0 or bare_image:
+        if size == 0 or bare_image or bare_tensor:
             payload, is_tensor = body, tensor is not None and not bare_image and len(body) == _bytes_of(tensor)
             if not body:
                 raise invalid("the body is empty: a raw request is the input's bytes")
-            self._outputs, self._all_binary = _all_outputs(model, is_tensor), not bare_image
+            if bare_tensor and not is_tensor:
+                raise invalid(_no_tensor(model, len(body)))
+            self._outputs, self._all_binary = _all_outputs(model, is_tensor), size == 0
             parameters: dict[str, Any] = {}
         else:
             given = read_infer(body, size)
@@ -255,6 +258,14 @@ def _classification(one: OutputAsked) -> int:
     if count and one.name != "scores":
         raise invalid(f"classification of output {one.name!r}: ask for it with 'scores'")
     return count
+
+
+def _no_tensor(model: Model, size: int) -> str:
+    tensor = model.input
+    if tensor is None:
+        return f"model {model.name!r} takes no tensor: name a loaded variant ({', '.join(model.variants)})"
+    shape, needed = list(tensor.shape), _bytes_of(tensor)
+    return f"{size} bytes are no {tensor.dtype} of shape {shape}: {model.name!r} takes {needed} bytes"
 
 
 def _bytes_of(tensor: InputRecord) -> int:

@@ -70,6 +70,7 @@ _INFER_BODY = {
         },
         "image/jpeg": {"schema": {"type": "string", "format": "binary"}},
         "image/png": {"schema": {"type": "string", "format": "binary"}},
+        "application/x-tidegate-tensor": {"schema": {"type": "string", "format": "binary"}},
     },
 }
 

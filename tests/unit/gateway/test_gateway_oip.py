@@ -236,6 +236,24 @@ def test_a_raw_request_is_the_image_or_exactly_the_tensor() -> None:
         assert (surface.seen[-1].content_type == "application/x-tidegate-tensor") == is_tensor
 
 
+def test_a_bare_tensor_is_answered_in_json_and_has_to_fit() -> None:
+    surface = Surface()
+    bare = {"content_type": "application/x-tidegate-tensor"}
+    pixels = np.arange(6, dtype=np.float32).tobytes()
+    status, answer = surface.json("POST", "/v2/models/small/infer", pixels, **bare)
+    assert status == 200
+    assert "probabilities" in {output["name"] for output in answer["outputs"]}
+    assert (surface.seen[-1].content_type, surface.seen[-1].variant) == ("application/x-tidegate-tensor", "small")
+    for model, body, reason in (
+        ("small", pixels[1:], "23 bytes are no float32 of shape [1, 2, 3]: 'small' takes 24 bytes"),
+        ("pets", pixels, "model 'pets' takes no tensor: name a loaded variant (big, small)"),
+        ("small", b"", "the body is empty: a raw request is the input's bytes"),
+    ):
+        status, answer = surface.json("POST", f"/v2/models/{model}/infer", body, **bare)
+        assert (status, answer["error"]) == (400, reason)
+    assert len(surface.seen) == 1
+
+
 def text(datatype: str = "BYTES", name: str = "image", shape: str = "[1]", more: str = "") -> bytes:
     return (
         f'{{"inputs": [{{"name": "{name}", "datatype": "{datatype}", "shape": {shape}, "data": ["/9j/"]}}]{more}}}'
