@@ -44,7 +44,7 @@ def bench_live(
     light: Poisson 100/s, all within 300 ms. heavy: 180/s on a capacity of 4/0.043 = 93/s, 46 to 50% refused, at once.
     deadline: 10 s of 10/s and 10 s of 180/s in turn, under 0.5% violations and 23% or more heavy in bursts.
     """
-    _print(_ended(_bench_live(seconds)), as_json)
+    print_figures(ended(_bench_live(seconds)), as_json)
 
 
 async def _bench_live(seconds: float) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def bench_memory(
     as_json: AsJson = False,
 ) -> None:
     """Resident memory of gateway and digits workers under load: after 30 s, at the end, and the growth between."""
-    _print(_ended(_bench_memory(seconds, rate)), as_json)
+    print_figures(ended(_bench_memory(seconds, rate)), as_json)
 
 
 async def _bench_memory(seconds: float, rate: float) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def bench_router(as_json: AsJson = False) -> None:
             "draw_us": _microseconds(partial(by_sums, 0.5)),
             "draw_alias_us": _microseconds(partial(by_names, 0.5)),
         }
-    _print(result, as_json)
+    print_figures(result, as_json)
 
 
 def _router(instances: int) -> ServiceRouter:
@@ -192,7 +192,8 @@ def _microseconds(call: Callable[[], object], calls: int = 20_000) -> float:
     return 1e6 * statistics.median(round_s(call) for _ in range(9))
 
 
-def _ended(main: Any) -> dict[str, Any]:
+def ended(main: Any) -> dict[str, Any]:
+    """What a measurement gives back; its errors as one line and exit code 1."""
     try:
         return dict(run_on_uvloop(main))
     except (GatewayError, StartFailed, OSError) as error:
@@ -202,7 +203,8 @@ def _ended(main: Any) -> dict[str, Any]:
         raise typer.Exit(1) from None
 
 
-def _print(result: dict[str, Any], as_json: bool) -> None:
+def print_figures(result: dict[str, Any], as_json: bool) -> None:
+    """One line per measured thing, or one JSON object."""
     if as_json:
         print(json.dumps(result))
         return
