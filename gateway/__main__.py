@@ -87,6 +87,7 @@ def main(
     admin_token: Annotated[str, typer.Option(envvar="TIDEGATE_ADMIN_TOKEN", help="Asked of admin calls.")] = "",
     drain_s: Annotated[float, typer.Option(help="Longest wait for requests under way at the end.")] = 10.0,
     body_timeout_s: Annotated[float, typer.Option(help="Longest time that a body may take to arrive.")] = 10.0,
+    uploads_mb: Annotated[float, typer.Option(help="MiB that all bodies still arriving may take together.")] = 256.0,
     header_timeout_s: Annotated[float, typer.Option(help="Longest time that a request's head may take.")] = 10.0,
     answer_timeout_s: Annotated[float, typer.Option(help="Longest wait for a worker beyond the budget.")] = 30.0,
 ) -> None:
@@ -101,6 +102,7 @@ def main(
             admin_token=admin_token,
             drain_s=drain_s,
             body_timeout_s=body_timeout_s,
+            uploads_mb=uploads_mb,
             header_timeout_s=header_timeout_s,
             answer_timeout_s=answer_timeout_s,
         )

@@ -62,6 +62,21 @@ def image_of(body: bytes, content_type: str, headers: dict[bytes, bytes]) -> tup
     return body, content_type
 
 
+class Uploads:
+    """What all bodies that are still arriving take in memory, in bytes: `held` now, at most `limit`."""
+
+    __slots__ = ("held", "limit")
+
+    def __init__(self, limit: int) -> None:
+        self.held = 0
+        self.limit = limit
+
+    def full(self) -> Refused:
+        """The refusal of a body for which there is no memory left."""
+        reason = f"other uploads fill the {self.limit >> 20} MiB that bodies may take: come again"
+        return Refused(Outcome.UNAVAILABLE, reason)
+
+
 def too_large(limit: int) -> Refused:
     """The refusal of a body beyond `limit` bytes."""
     return Refused(Outcome.INVALID, f"the body is larger than {limit} bytes", 413)
@@ -115,8 +130,8 @@ def check_length(given: bytes | None, limit: int) -> None:
         raise too_large(limit)
 
 
-async def read_body(receive: Receive, limit: int, timeout_s: float) -> bytes:
-    """The whole body. Raises `Refused` (413 beyond `limit` bytes, 408 after `timeout_s`) or `ClientGone`."""
+async def read_body(receive: Receive, limit: int, timeout_s: float, uploads: Uploads) -> bytes:
+    """The whole body. Raises `Refused` (413 beyond `limit` bytes, 408 after `timeout_s`, 503) or `ClientGone`."""
     parts: list[bytes] = []
     size = 0
     limit_s = _TimeLimit(timeout_s)
@@ -127,8 +142,11 @@ async def read_body(receive: Receive, limit: int, timeout_s: float) -> bytes:
                 raise ClientGone
             part: bytes = message.get("body", b"")
             size += len(part)
+            uploads.held += len(part)
             if size > limit:
                 raise too_large(limit)
+            if uploads.held > uploads.limit:
+                raise uploads.full()
             if not message.get("more_body", False):
                 return b"".join((*parts, part)) if parts else part
             parts.append(part)
@@ -137,6 +155,7 @@ async def read_body(receive: Receive, limit: int, timeout_s: float) -> bytes:
             raise
         raise too_slow() from None
     finally:
+        uploads.held -= size
         limit_s.stop()
 
 

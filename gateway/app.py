@@ -257,7 +257,7 @@ async def _body(gateway: Gateway, request: Request) -> bytes:
     try:
         given = request.headers.get("content-length")
         check_length(given.encode() if given is not None else None, LARGEST_ADMIN_BYTES)
-        return await read_body(request.receive, LARGEST_ADMIN_BYTES, gateway.config.body_timeout_s)
+        return await read_body(request.receive, LARGEST_ADMIN_BYTES, gateway.config.body_timeout_s, gateway.uploads)
     except Refused as error:
         raise HTTPException(error.http_status, error.reason, {"connection": "close"}) from error
     except ClientGone:

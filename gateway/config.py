@@ -15,8 +15,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     """How one gateway process listens and what it lets in.
 
     `max_header_bytes` and `header_timeout_s` bound what comes before a body, `body_timeout_s` the whole body;
-    the body's size limit belongs to each service. `answer_timeout_s` is the longest wait for a worker beyond the
-    request's own budget: past it the request FAILED. `drain_s` bounds the wait for requests under way at the end.
+    the body's size limit belongs to each service. `uploads_mb` (MiB) bounds what all unfinished bodies together take in
+    this process: past it a body that goes on growing is UNAVAILABLE. `answer_timeout_s` is the longest wait for a worker
+    beyond the request's own budget: past it the request FAILED. `drain_s` bounds the wait for requests under way at the
+    end.
     """
 
     host: str = "127.0.0.1"
@@ -27,6 +29,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_header_bytes: int = 16_384
     header_timeout_s: float = 10.0
     body_timeout_s: float = 10.0
+    uploads_mb: float = 256.0
     answer_timeout_s: float = 30.0
     drain_s: float = 10.0
 
@@ -39,6 +42,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"port = {self.port}: must be from 1 to 65535")
         if self.max_header_bytes < 1024:
             raise ConfigError(f"max_header_bytes = {self.max_header_bytes}: must be at least 1024")
+        if not 1 <= self.uploads_mb <= 1 << 20:
+            raise ConfigError(f"uploads_mb = {self.uploads_mb}: must be from 1 to {1 << 20} MiB")
         for key in ("header_timeout_s", "body_timeout_s", "answer_timeout_s", "drain_s"):
             value = getattr(self, key)
             if not 0 < value <= 3600:

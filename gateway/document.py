@@ -173,7 +173,7 @@ INFER_OPERATION: Final[dict[str, Any]] = {
         "422": _error("INVALID: the tensor does not fit the model"),
         "429": _error("QUEUE_FULL", Retry_After=_RETRY_AFTER),
         "500": _error("FAILED: the model raised"),
-        "503": _error("UNAVAILABLE: no ready instance", Retry_After=_RETRY_AFTER),
+        "503": _error("UNAVAILABLE: no ready instance, or no memory for another upload", Retry_After=_RETRY_AFTER),
         "504": _error("EXPIRED: it could not finish in time (or LATE where the service answers lateness with errors)"),
     },
 }

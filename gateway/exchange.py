@@ -63,6 +63,7 @@ class Exchange:
         "_gateway",
         "_head_only",
         "_headers",
+        "_held",
         "_id",
         "_limit",
         "_line",
@@ -100,6 +101,7 @@ class Exchange:
         self._continues = continues
         self._parts: list[bytes] = []
         self._size = 0
+        self._held = 0  # of it, what counts among the gateway's uploads
         self._limit = 0
         self._begun = False
         self._ended = False
@@ -147,8 +149,14 @@ class Exchange:
             return
         self._size += len(part)
         self._parts.append(part)
-        if self._begun and self._size > self._limit:
-            self._end(too_large(self._limit))
+        if self._begun:
+            uploads = self._gateway.uploads
+            uploads.held += self._size - self._held
+            self._held = self._size
+            if self._size > self._limit:
+                self._end(too_large(self._limit))
+            elif uploads.held > uploads.limit:
+                self._end(uploads.full())
 
     def complete(self) -> None:
         """The body has been read to its end."""
@@ -168,7 +176,7 @@ class Exchange:
     # the rest of its life
 
     def _dispatch(self, router: ServiceRouter) -> None:
-        self._stop_timer()
+        self._arrived_whole()
         parts, self._parts = self._parts, []
         body = parts[0] if len(parts) == 1 else b"".join(parts)
         try:
@@ -185,7 +193,7 @@ class Exchange:
         if self._ended:
             return
         self._ended = True
-        self._stop_timer()
+        self._arrived_whole()
         gateway, router, request = self._gateway, self._router, self._request
         now_s = time.monotonic()
         total_s = now_s - self._arrived_s
@@ -214,7 +222,10 @@ class Exchange:
             head += b"connection: close\r\n"
         self._line.finish(self, b"%b\r\n%b" % (head, body))
 
-    def _stop_timer(self) -> None:
+    def _arrived_whole(self) -> None:
+        """The body is no upload any more: it has come to its end, or nobody wants the rest."""
+        self._gateway.uploads.held -= self._held
+        self._held = 0
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None

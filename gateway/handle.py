@@ -13,7 +13,7 @@ from typing import Final, Protocol
 
 import msgspec
 
-from gateway.admission import Receive
+from gateway.admission import Receive, Uploads
 from gateway.arrivals import Arrivals
 from gateway.config import GatewayConfig
 from gateway.dispatch import (
@@ -81,6 +81,7 @@ class Gateway:
         self.metrics.registry.register(FleetCollector(self.fleet.services.values, self.dispatcher.statistics))
         self.arrivals = Arrivals(secrets.token_hex(4), time.monotonic())
         self.inferences = Inferences()
+        self.uploads = Uploads(int(config.uploads_mb * 2**20))
         self.draining = False
         self._arrived = 0
 

@@ -54,14 +54,17 @@ class OpenInference:
         method = cast(str, scope["method"])
         parts = cast(str, scope["path"]).strip("/").split("/")[1:]
         if len(parts) > 2 and parts[0] == "models" and parts[-1] == "infer":
-            call = OipCall(self._find(parts[1:-1]), headers, method, self._gateway.config.body_timeout_s)
-            await self._gateway.serve(call, presence_of(scope), receive, send)
+            gateway = self._gateway
+            found, timeout_s = self._find(parts[1:-1]), gateway.config.body_timeout_s
+            call = OipCall(found, headers, method, timeout_s, gateway.uploads)
+            await gateway.serve(call, presence_of(scope), receive, send)
             return
         try:
             body = b""
             if method == "POST":
                 check_length(headers.get(b"content-length"), LARGEST_CONTROL_BYTES)
-                body = await read_body(receive, LARGEST_CONTROL_BYTES, self._gateway.config.body_timeout_s)
+                timeout_s, uploads = self._gateway.config.body_timeout_s, self._gateway.uploads
+                body = await read_body(receive, LARGEST_CONTROL_BYTES, timeout_s, uploads)
                 body = decompress(body, headers.get(b"content-encoding", b""), LARGEST_CONTROL_BYTES)
             query = cast(bytes, scope.get("query_string", b"")).decode("latin-1")
             status, answer = await self._answer(method, parts, headers, body, query)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from gateway.admission import LONGEST_DEADLINE_MS, Receive, check_length, read_body, request_id
+from gateway.admission import LONGEST_DEADLINE_MS, Receive, Uploads, check_length, read_body, request_id
 from gateway.dispatch import Answered, Refused, Request
 from gateway.oip_encoding import chosen_coding, compress, decompress
 from gateway.oip_models import ALL_SCORES, IMAGE, TOP, VERSION, Model, datatype
@@ -54,7 +54,14 @@ _decode_predictions = msgspec.json.Decoder(_Predictions).decode
 class OipCall:
     """POST v2/models/{name}/infer. `found`: the model, or the refusal that says why there is none."""
 
-    def __init__(self, found: Model | Refused, headers: dict[bytes, bytes], method: str, body_timeout_s: float) -> None:
+    def __init__(
+        self,
+        found: Model | Refused,
+        headers: dict[bytes, bytes],
+        method: str,
+        body_timeout_s: float,
+        uploads: Uploads,
+    ) -> None:
         self.id = request_id(headers)
         self.router: ServiceRouter | None = found.router if isinstance(found, Model) else None
         self.variant = found.variant if isinstance(found, Model) else ""
@@ -62,6 +69,7 @@ class OipCall:
         self._headers = headers
         self._method = method
         self._body_timeout_s = body_timeout_s
+        self._uploads = uploads
         self._given_id: str | None = None
         self._outputs: list[OutputAsked] = []
         self._all_binary = False
@@ -75,7 +83,7 @@ class OipCall:
             raise Refused(Outcome.INVALID, f"{self._method} is not allowed here: POST the inference request", 405)
         limit = model.router.spec.max_body_bytes
         check_length(headers.get(b"content-length"), limit)
-        body = await read_body(receive, limit, self._body_timeout_s)
+        body = await read_body(receive, limit, self._body_timeout_s, self._uploads)
         coding = headers.get(b"content-encoding", b"")
         if coding or len(body) > _IN_THREAD_BYTES:
             return await asyncio.to_thread(self._read, model, body, coding, limit, arrived_s)

@@ -35,8 +35,8 @@ class DeploymentError(ValueError):
 class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where clients connect, and how long they may take. Several `processes` share the port.
 
-    `header_timeout_s` and `body_timeout_s` bound the arrival of a request's head and body; `drain_s` the wait for
-    requests under way at the end.
+    `header_timeout_s` and `body_timeout_s` bound the arrival of a request's head and body; `uploads_mb` the memory that
+    all bodies still arriving take in each process (MiB); `drain_s` the wait for requests under way at the end.
     """
 
     host: str = "127.0.0.1"
@@ -44,6 +44,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     processes: int = 1
     header_timeout_s: float = 10.0
     body_timeout_s: float = 10.0
+    uploads_mb: float = 256.0
     drain_s: float = 10.0
 
 
@@ -201,6 +202,9 @@ def _check_settings(file: DeploymentFile) -> str:
         value = getattr(file.gateway, key)
         if not 0 < value <= 3600:
             return f"gateway.{key} = {value}: must be above 0 and at most 3600 seconds"
+    largest_mb = max(1.0, max(spec.max_body_bytes for spec in file.services.values()) / 2**20)
+    if not largest_mb <= file.gateway.uploads_mb <= 1 << 20:
+        return f"gateway.uploads_mb = {file.gateway.uploads_mb}: must be from {largest_mb:g} (a body) to {1 << 20} MiB"
     if not 0.05 <= file.scheduler.slot_s <= 60:
         return f"scheduler.slot_s = {file.scheduler.slot_s}: must be from 0.05 to 60 seconds"
     return ""

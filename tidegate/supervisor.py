@@ -260,6 +260,7 @@ class Supervisor:
         command = [sys.executable, "-m", "gateway", "--host", settings.host, "--port", str(settings.port)]
         command += ["--header-timeout-s", str(settings.header_timeout_s)]
         command += ["--body-timeout-s", str(settings.body_timeout_s), "--drain-s", str(settings.drain_s)]
+        command += ["--uploads-mb", str(settings.uploads_mb)]
         return [*command, "--reuse-port"] if settings.processes > 1 else command
 
 

@@ -337,6 +337,38 @@ def test_a_body_has_one_time_limit_however_it_drips() -> None:
     run(body)
 
 
+@pytest.mark.parametrize("path", ["/v1/imagenet", "/v2/models/imagenet/infer"])
+def test_all_uploads_together_are_bounded_and_each_way_out_gives_its_bytes_back(path: str) -> None:
+    """Three clients hold a third of the memory each; a fourth that wants some is refused, and none of them is."""
+
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light")
+        gateway = gateway_over(fleet, uploads_mb=3.0)
+        third, headers = bytes(1 << 20), {"content-length": str(3 << 20), "content-type": "image/png"}
+        clients = [Client(third, headers, path).ask(gateway) for _ in range(3)]
+        await soon(lambda: gateway.uploads.held == 3 << 20)
+        late = Client(b"x", headers, path).ask(gateway)
+        await late.answered()
+        assert (late.status, late.json["code"], int(late.headers["retry-after"])) == (503, "UNAVAILABLE", 1)
+        assert "uploads" in late.json["error"]
+        agrees_with_the_document(late)
+        assert tally(gateway) == {"UNAVAILABLE": 1}
+        assert [one.socket.written for one in clients] == [b""] * 3
+        await soon(lambda: gateway.uploads.held == 3 << 20)
+        clients[0].leave()
+        await soon(lambda: gateway.uploads.held == 2 << 20)
+        whole = Client(third, headers | {"content-length": str(1 << 20)}, path).ask(gateway)
+        await soon(lambda: len(fleet["a"].asked) == 1)
+        assert gateway.uploads.held == 2 << 20, "what has arrived whole is the queue's to bound"
+        whole.leave()
+        clients[1].leave()
+        clients[2].leave()
+        await soon(lambda: gateway.uploads.held == 0)
+        await soon(lambda: tally(gateway) == {"UNAVAILABLE": 1, "CANCELLED": 4})
+
+    run(body)
+
+
 def test_a_client_that_leaves_in_its_body_is_cancelled() -> None:
     async def body() -> None:
         _, gateway = limited()

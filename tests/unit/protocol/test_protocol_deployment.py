@@ -89,6 +89,8 @@ def test_the_shipped_deployments_are_good(path: Path) -> None:
         ("port = 8731", "port = 70000", ("gateway.port = 70000", "65535")),
         ("port = 8731", "port = 8731\nprocesses = 0", ("gateway.processes = 0", "from 1")),
         ("port = 8731", "port = 8731\nbody_timeout_s = 0", ("gateway.body_timeout_s = 0", "above 0")),
+        ("port = 8731", "port = 8731\nuploads_mb = 15", ("gateway.uploads_mb = 15.0", "from 16 (a body)")),
+        ("port = 8731", "port = 8731\nuploads_mb = nan", ("gateway.uploads_mb = nan", "from 16")),
         ("[gateway]", "[scheduler]\nslot_s = 0.01\n[gateway]", ("scheduler.slot_s = 0.01", "0.05")),
         ('name = "x"', 'name = "x', ("is not valid TOML", "line 2")),
     ],
