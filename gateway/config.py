@@ -16,9 +16,9 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     `max_header_bytes` and `header_timeout_s` bound what comes before a body, `body_timeout_s` the whole body;
     the body's size limit belongs to each service. `uploads_mb` (MiB) bounds what all unfinished bodies together take in
-    this process: past it a body that goes on growing is UNAVAILABLE. `answer_timeout_s` is the longest wait for a worker
-    beyond the request's own budget: past it the request FAILED. `drain_s` bounds the wait for requests under way at the
-    end.
+    this process: past it a body that goes on growing is UNAVAILABLE. `answer_timeout_s` is the longest wait for a
+    worker beyond the request's own budget: past it the request FAILED. `drain_s` bounds the wait for requests under
+    way at the end.
     """
 
     host: str = "127.0.0.1"
