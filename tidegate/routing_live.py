@@ -13,12 +13,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gateway.router import TABLE_ROUTERS
 from protocol.records import RouterChoice, ServiceSpec, ShadowRecord, WouldBe
 from tidegate.running import GatewayError, RunningGateway
 
 T = TypeVar("T")
 errors = Console(stderr=True)
 POLL_S: Final = 0.05
+NEWS_S: Final = 0.2
+"""A change has reached the scheduler by then: a table that comes later is the new router's."""
 SHADOW_POLL_S: Final = 1.0
 
 Url = Annotated[str, typer.Option(help="The gateway.")]
@@ -58,6 +61,8 @@ class Operator(RunningGateway):
         """Switches and waits until the router is in force. Raises `GatewayError` with the reason if it is not in time,
         after taking the change back."""
         before = await self.choice(service)
+        if before == wanted and (await self.service(service))["routing_by"] == wanted.router:
+            return
         await self._call("PUT", f"/admin/services/{service}/router", msgspec.json.encode(wanted))
         reason = await self._in_force(service, wanted.router, patience_s)
         if reason:
@@ -73,11 +78,14 @@ class Operator(RunningGateway):
         return choice
 
     async def _in_force(self, service: str, router: str, patience_s: float) -> str:
-        """Empty once the router routes; else, when patience ends, why it does not."""
+        """Empty once the router routes, by a table that was made after the change where it needs one; else, when
+        patience ends, why it does not."""
         ends_s = time.monotonic() + patience_s
+        await asyncio.sleep(NEWS_S)
+        version = (await self.service(service))["table_version"] if router in TABLE_ROUTERS else -1
         while True:
             state = await self.service(service)
-            if state["router"] == router and state["routing_by"] == router:
+            if state["router"] == router == state["routing_by"] and state["table_version"] > version:
                 return ""
             if time.monotonic() > ends_s:
                 return str(state["reason"]) or f"it is not in force after {patience_s:g} s"

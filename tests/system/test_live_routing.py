@@ -1,0 +1,235 @@
+"""Routers of a running system: used, shadowed, rolled back, and kept to the instances that are there, under load."""
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from policies.routing.artifact import write_artifact
+from policies.routing.contract import InstanceKind
+from policies.routing.features import layout_for
+from protocol.board import Board
+from protocol.records import RouterChoice, ShadowRecord, Table
+from tests.fakes.running_system import (
+    Load,
+    RunningSystem,
+    assert_client_agrees,
+    assert_conserved,
+    client,
+    deployment,
+    until,
+)
+from tidegate.routing_live import Operator
+from tidegate.running import GatewayError
+
+PAPER = """
+name = "live-routing"
+[services.imagenet]
+variants = ["pnasnet5large_t4", "efficientnet_b0_t4"]
+requirement_ms = 300
+router = "deadline"
+[[workers]]
+name = "a"
+instances = [{ variant = "pnasnet5large_t4" }]
+[[workers]]
+name = "b"
+instances = [{ variant = "pnasnet5large_t4" }]
+[[workers]]
+name = "c"
+instances = [{ variant = "efficientnet_b0_t4" }]
+[[workers]]
+name = "d"
+instances = [{ variant = "efficientnet_b0_t4" }]
+"""
+H = InstanceKind("pnasnet5large_t4", 0, 0.043, 0.8278)
+L = InstanceKind("efficientnet_b0_t4", 1, 0.0115, 0.7769)
+A, B, C, D = "a/pnasnet5large_t4", "b/pnasnet5large_t4", "c/efficientnet_b0_t4", "d/efficientnet_b0_t4"
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory, embedded: bool) -> Iterator[RunningSystem]:
+    file = deployment(tmp_path_factory.mktemp("live") / "live.toml", PAPER)
+    with RunningSystem(file, embedded=embedded) as running:
+        yield running
+
+
+def artifact(folder: Path, name: str, kinds: tuple[InstanceKind, ...], shares: tuple[float, ...]) -> Path:
+    """A learned-po with an untrained network that gives these shares whatever it sees."""
+    layout = layout_for(kinds)
+    tensors: dict[str, NDArray[np.float32]] = {}
+    for key, size in ((0, (4, layout.size)), (2, (4, 4)), (4, (len(kinds), 4))):
+        tensors[f"{key}.weight"] = np.zeros(size, dtype=np.float32)
+        tensors[f"{key}.bias"] = np.zeros(size[0], dtype=np.float32)
+    tensors["4.bias"][:] = np.log(shares)
+    path = write_artifact(folder, "learned-po", layout, tensors, slot_s=1.0, workload="test", training={})
+    for suffix in (".json", ".safetensors"):
+        path.with_suffix(suffix).rename(folder / f"{name}{suffix}")
+    return folder / f"{name}.json"
+
+
+def test_routers_are_used_and_rolled_back_under_load_without_a_lost_request(
+    system: RunningSystem, tmp_path: Path
+) -> None:
+    path = artifact(tmp_path, "mine", (H, H, L, L), (0.1, 0.1, 0.4, 0.4))
+
+    async def run() -> None:
+        async with client() as session, Operator(system.url) as operator, Board(system.supervisor.board_url) as board:
+            before = await assert_conserved(system, session)
+            async with Load(session, f"{system.url}/v1/imagenet", 60.0) as load:
+                await operator.use("imagenet", RouterChoice(router="threshold"), 10.0)
+                await operator.use("imagenet", RouterChoice(router="learned-po"), 10.0)
+                await operator.use("imagenet", RouterChoice(router="learned-po", policy_file=str(path)), 10.0)
+                table = await board.table("imagenet")
+                assert table is not None
+                assert table.weights == pytest.approx((0.1, 0.1, 0.4, 0.4), abs=1e-6)
+                assert (await operator.roll_back("imagenet", 10.0)) == RouterChoice(router="learned-po")
+                assert (await operator.roll_back("imagenet", 10.0)).policy_file == str(path), "rolled forward again"
+                await operator.use("imagenet", RouterChoice(router="deadline"), 10.0)
+            after = await assert_conserved(system, session)
+            assert_client_agrees(load, before, after, "imagenet")
+            assert set(load.statuses()) == {200}, load.codes()
+
+    asyncio.run(run())
+
+
+def test_a_shadow_decides_without_acting_and_its_would_be_results_stand_beside(system: RunningSystem) -> None:
+    async def run() -> ShadowRecord:
+        async with client() as session, Operator(system.url) as operator:
+            await operator.use("imagenet", RouterChoice(router="deadline"), 10.0)
+            before = await assert_conserved(system, session)
+            async with Load(session, f"{system.url}/v1/imagenet", 100.0) as load:
+                await operator.shadow_by("imagenet", RouterChoice(router="light-only"))
+
+                async def seen() -> bool:
+                    record = await operator.shadow("imagenet")
+                    return record is not None and record.shadow.requests > 300
+
+                await until(seen, 15.0, "the shadow does not report")
+                record = await operator.shadow("imagenet")
+                assert record is not None
+                assert (await system.state(session))["services"]["imagenet"]["routing_by"] == "deadline"
+                await operator.shadow_by("imagenet", RouterChoice(router="learned-fo"))
+
+                async def explained() -> bool:
+                    record = await operator.shadow("imagenet")
+                    return record is not None and "needs the workload's phase" in record.reason
+
+                await until(explained, 10.0, "the shadow does not say why it cannot decide")
+                await operator.shadow_by("imagenet", RouterChoice(router=""))
+                assert await operator.shadow("imagenet") is None
+            after = await assert_conserved(system, session)
+            assert_client_agrees(load, before, after, "imagenet")
+            variants = {sent.body.get("variant") for sent in load.sent}
+            assert H.variant in variants, "light-only looked on, it did not act"
+            return record
+
+    record = asyncio.run(run())
+    assert record.active_router == "deadline"
+    assert record.shadow.goodput_ratio == pytest.approx(L.accuracy, abs=1e-6)
+    assert record.shadow.heavy_ratio == 0.0
+    assert record.active.goodput_ratio > record.shadow.goodput_ratio + 0.01
+    assert record.active.heavy_ratio == pytest.approx(record.observed.heavy_ratio, abs=0.1)
+    assert record.observed.requests == pytest.approx(record.active.requests, abs=40)
+
+
+def test_a_policy_that_cannot_serve_is_named_and_the_former_router_stays(system: RunningSystem, tmp_path: Path) -> None:
+    broken = artifact(tmp_path, "broken", (H, H, L, L), (0.25, 0.25, 0.25, float("nan")))
+    other = artifact(tmp_path, "other", (H, L), (0.5, 0.5))
+
+    async def run() -> None:
+        async with client() as session, Operator(system.url) as operator, Board(system.supervisor.board_url) as board:
+            await operator.use("imagenet", RouterChoice(router="threshold"), 10.0)
+            before = await assert_conserved(system, session)
+            async with Load(session, f"{system.url}/v1/imagenet", 40.0) as load:
+                for file, named in (
+                    (str(broken), "NaN"),
+                    (str(other), f"trained for 1 {L.variant} + 1 {H.variant}, but 2 {L.variant} + 2 {H.variant} exist"),
+                    (str(tmp_path / "nothing.json"), "does not exist"),
+                ):
+                    with pytest.raises(GatewayError) as caught:
+                        await operator.use("imagenet", RouterChoice(router="learned-po", policy_file=file), 2.0)
+                    assert named in str(caught.value)
+                    assert "threshold was put back" in str(caught.value)
+                # A table for instances that do not exist is refused: the last good one stays.
+                await until(lambda: _routed_by(operator, "threshold"), 10.0, "threshold is not back")
+                version = (await operator.service("imagenet"))["table_version"]
+                unknown = Table(
+                    service="imagenet",
+                    version=0,
+                    valid_for_s=3.0,
+                    instances=("x/y",),
+                    weights=(1.0,),
+                    policy="threshold",
+                )
+                posted = await board.put_table(unknown)
+                await asyncio.sleep(0.2)
+                state = await operator.service("imagenet")
+                assert state["routing_by"] == "threshold"
+                assert state["table_version"] != posted.version
+                assert state["table_version"] >= version
+                await operator.use("imagenet", RouterChoice(router="deadline"), 10.0)
+            after = await assert_conserved(system, session)
+            assert_client_agrees(load, before, after, "imagenet")
+            assert set(load.statuses()) == {200}, load.codes()
+
+    asyncio.run(run())
+
+
+async def _routed_by(operator: Operator, router: str) -> bool:
+    return str((await operator.service("imagenet"))["routing_by"]) == router
+
+
+def test_a_dead_workers_share_goes_to_the_policy_trained_for_those_left_else_it_is_masked(
+    system: RunningSystem, tmp_path: Path
+) -> None:
+    path = artifact(tmp_path, "whole", (H, H, L, L), (0.3, 0.3, 0.3, 0.1))
+    artifact(tmp_path / "whole", "one-heavy", (H, L, L), (0.2, 0.4, 0.4))
+
+    async def run() -> None:
+        async with client() as session, Operator(system.url) as operator, Board(system.supervisor.board_url) as board:
+            await operator.use("imagenet", RouterChoice(router="learned-po", policy_file=str(path)), 10.0)
+            before = await assert_conserved(system, session)
+            async with Load(session, f"{system.url}/v1/imagenet", 60.0) as load:
+                for worker, remark, expected in (
+                    ("a", "exactly them", {A: 0.0, B: 0.2, C: 0.4, D: 0.4}),
+                    ("d", "masked", {A: 1 / 3, B: 1 / 3, C: 1 / 3, D: 0.0}),
+                ):
+                    await asyncio.sleep(0.5)
+                    killed_s = time.monotonic()
+                    os.kill(system.pid(f"worker-{worker}"), signal.SIGKILL)
+                    statuses: set[str] = set()
+
+                    async def replaced(expected: dict[str, float] = expected, statuses: set[str] = statuses) -> bool:
+                        status = (await board.policy_statuses(["imagenet"])).get("imagenet")
+                        statuses.add(status.reason if status is not None else "")
+                        table = await board.table("imagenet")
+                        weights = dict(zip(table.instances, table.weights, strict=True)) if table is not None else {}
+                        return bool(weights == pytest.approx(expected, abs=1e-6))
+
+                    await until(replaced, 5.0, f"no table without {worker}")
+                    assert time.monotonic() - killed_s < 0.9, "a death does not wait for the slot's end"
+
+                    async def said(remark: str = remark) -> bool:
+                        status = (await board.policy_statuses(["imagenet"])).get("imagenet")
+                        return status is not None and status.in_force and remark in status.reason
+
+                    await until(said, 5.0, f"nobody says that the policy for others acts: {statuses}")
+
+                    async def whole() -> bool:
+                        views = (await operator.service("imagenet"))["instances"]
+                        return sum(view["ready"] for view in views) == 4
+
+                    await until(whole, 20.0, "the worker did not come back")
+            after = await assert_conserved(system, session, restarted=("a", "d"))
+            assert_client_agrees(load, before, after, "imagenet")
+            lost = len(load.sent) - load.statuses()[200]
+            assert lost <= 3, load.codes()  # in service at the dead worker and too late for a second attempt
+            await operator.use("imagenet", RouterChoice(router="deadline"), 10.0)
+
+    asyncio.run(run())
