@@ -28,10 +28,13 @@ COPY tidegate tidegate
 COPY deploy deploy
 
 FROM build AS build-cpu
-RUN pip install --editable ".[cpu]"
+RUN pip install --editable ".[cpu,simd]"
 
 FROM build AS build-gpu
-RUN pip install --editable ".[gpu]" "onnxruntime-gpu[cuda,cudnn]==1.31.1"
+RUN pip install --editable ".[gpu,simd]" "onnxruntime-gpu[cuda,cudnn]==1.31.1" "nvidia-nvimgcodec-cu13[nvjpeg]==0.9.0.20"
+# For device = "tensorrt", gigabytes: --build-arg TENSORRT_VERSION=10.16.1.11 (onnxruntime 1.31 is linked to 10).
+ARG TENSORRT_VERSION=""
+RUN test -z "$TENSORRT_VERSION" || pip install "tensorrt-cu13==$TENSORRT_VERSION"
 
 FROM build AS build-loadgen
 RUN pip install --editable ".[demo]"
