@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from policies.placement.contract import ABSENT, REJECT, FloatArray, IntArray, Slots
-from policies.placement.edge_network import EdgeNetwork, NodeState
+from policies.placement.edge_network import EdgeNetwork, NodeState, Options
 from policies.placement.observation import Layout, observe
 
 Float32Array = NDArray[np.float32]
@@ -146,7 +146,10 @@ class LearnedPolicy:
         placements = np.full((*slots.service.shape, 3), REJECT, dtype=np.int64)
         state = self.network.start(slots)
         if not self.sequential and not (slots.service != slots.service[:1]).any():
-            observations = [observe(self.network, self.artifact.layout, state, slots, u) for u in range(slots.requests)]
+            options = [self._options(state, slots, u) for u in range(slots.requests)]
+            observations = [
+                observe(self.network, self.artifact.layout, state, slots, u, options[u]) for u in range(slots.requests)
+            ]
             present = np.flatnonzero(slots.service[0] != ABSENT)
             if not len(present):
                 return placements
@@ -154,7 +157,7 @@ class LearnedPolicy:
             masks = [mask[slots.service[0, present]] for mask in self.masks]
             found = log_probabilities(self.artifact, actors[0, present], stacked, masks)
             for n, where in enumerate(present):
-                placements[:, where] = self._choose(state, slots, int(where), [f[n] for f in found], rng)
+                placements[:, where] = self._choose(options[where], [f[n] for f in found], rng)
             return placements
         for u in range(slots.requests):
             for service in np.unique(slots.service[:, u]):
@@ -164,10 +167,11 @@ class LearnedPolicy:
                     rows = np.flatnonzero((slots.service[:, u] == service) & (actors[:, u] == actor))
                     part = slots.take(rows)
                     here = NodeState(state.waiting_tflop[rows], state.memory_used_mb[rows], state.deployed[rows])
-                    seen = observe(self.network, self.artifact.layout, here, part, u).astype(np.float32)
+                    options_here = self._options(here, part, u)
+                    seen = observe(self.network, self.artifact.layout, here, part, u, options_here).astype(np.float32)
                     masks = [mask[service : service + 1] for mask in self.masks]
                     found = log_probabilities(self.artifact, slice(actor, actor + 1), seen[None], masks)
-                    placements[rows, u] = self._choose(here, part, u, [f[0] for f in found], rng)
+                    placements[rows, u] = self._choose(options_here, [f[0] for f in found], rng)
             if self.sequential:
                 self.network.place(state, slots, u, placements[:, u])
         return placements
@@ -188,28 +192,29 @@ class LearnedPolicy:
             )
         return np.where(service == ABSENT, 0, service * self.per_service + rank)
 
-    def _choose(
-        self, state: NodeState, slots: Slots, u: int, log_probs: list[Float32Array], rng: np.random.Generator
-    ) -> IntArray:
-        """(E, 3) for request u from its three distributions (E, size)."""
+    def _options(self, state: NodeState, slots: Slots, u: int) -> Options | None:
+        """The actions of request u, where features or masks need them."""
+        if self.masked or self.artifact.layout.name == "derived":
+            return self.network.options(state, slots, u)
+        return None
+
+    def _choose(self, options: Options | None, log_probs: list[Float32Array], rng: np.random.Generator) -> IntArray:
+        """(E, 3) for a request from its three distributions (E, size)."""
         if self.sampled:
             log_probs = [p + rng.gumbel(size=p.shape).astype(np.float32) for p in log_probs]
-        if not self.masked:
+        if options is None or not self.masked:
             return np.stack([p.argmax(axis=1) for p in log_probs], axis=1)
-        return choose_masked(self.network, state, slots, u, log_probs, self.guide)
+        return choose_masked(options, log_probs, self.guide)
 
 
-def choose_masked(
-    network: EdgeNetwork, state: NodeState, slots: Slots, u: int, log_probs: list[Float32Array], guide: float
-) -> IntArray:
+def choose_masked(options: Options, log_probs: list[Float32Array], guide: float) -> IntArray:
     """(E, 3) the likeliest feasible action; with a guide weight, the best value + guide x log-probability."""
-    options = network.options(state, slots, u)
     configuration, variant, node = log_probs
     joint: FloatArray = (
         configuration[:, :, None, None].astype(np.float64) + variant[:, None, :, None] + node[:, None, None, :]
     )
     score = options.value + guide * joint if guide > 0 else joint
-    flat = np.where(options.feasible, score, -np.inf).reshape(slots.slots, -1)
+    flat = np.where(options.feasible, score, -np.inf).reshape(len(score), -1)
     best = flat.argmax(axis=1)
     placements = np.stack(np.unravel_index(best, score.shape[1:]), axis=1).astype(np.int64)
     placements[~np.isfinite(flat[np.arange(len(flat)), best])] = REJECT

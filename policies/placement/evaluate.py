@@ -46,7 +46,7 @@ def build_policy(
     if name in SOLVERS:
         from policies.placement.exact import Exact
 
-        return Exact(network) if name == "exact" else Exact(network, 0.03, beam_width=16, name=name)
+        return Exact(network) if name == "exact" else Exact(network, 0.03, beam_width=32, name=name, most_actions=8)
     if name in LEARNED:
         path = _artifact_path(artifacts, name, load.per_service * len(network.tables))
     elif "/" in name:

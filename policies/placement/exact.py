@@ -42,8 +42,16 @@ class _Actions:
     data_mb: FloatArray
 
 
+# How much of the time left after the model is built the solver is given: its presolve overruns a little.
+SOLVER_SHARE = 0.7
+
+
+class OutOfTimeError(Exception):
+    """The model was not built in time; the warm start is the answer."""
+
+
 class Exact:
-    """`exact` (and its live form: a short `limit_s`): anytime, never worse than its warm start."""
+    """`exact` (and its live form: a short `limit_s`, few actions per request): anytime, never worse than its start."""
 
     def __init__(
         self,
@@ -53,12 +61,17 @@ class Exact:
         beam_width: int = 64,
         name: str = "exact",
         clock: Callable[[], float] = time.perf_counter,
+        most_actions: int | None = None,
     ) -> None:
-        """`limit_s` covers warm start, model and search; the clock only measures that span."""
+        """`limit_s` covers warm start, model and search; the clock only measures that span.
+
+        `most_actions` keeps only that many of each request's actions, those of highest own value, beside the warm
+        start's, so that a model for milliseconds is built in milliseconds; the answer is then not proved.
+        """
         if not limit_s > 0:
             raise ValueError(f"limit_s is {limit_s}; the solver needs some seconds")
         self.network, self.limit_s, self.workers, self.name = network, limit_s, workers, name
-        self.beam, self.clock = Beam(network, beam_width), clock
+        self.beam, self.clock, self.most_actions = Beam(network, beam_width), clock, most_actions
 
     def decide(self, slots: Slots, rng: np.random.Generator) -> IntArray:
         """Placements (E, U, 3), slot by slot."""
@@ -73,21 +86,31 @@ class Exact:
         actions, bound = self._actions(slot, reward)
         if bound <= reward + 1e-9:
             return ExactAnswer(warm, reward, reward, True)
-        model = _Model(self.network, slot, actions, warm)
-        solver = cp_model.CpSolver()
-        solver.parameters.num_workers = self.workers
-        left_s = 0.8 * (self.limit_s - (self.clock() - began))  # presolve overruns its limit a little
+        kept = (
+            actions
+            if self.most_actions is None
+            else [_likeliest(a, self.most_actions, warm[u]) for u, a in enumerate(actions)]
+        )
+        whole = sum(len(a.value) for a in kept) == sum(len(a.value) for a in actions)
+        try:
+            model = _Model(self.network, slot, kept, warm, lambda: self.clock() - began > self.limit_s)
+        except OutOfTimeError:
+            return ExactAnswer(warm, reward, bound, False)
+        left_s = SOLVER_SHARE * (self.limit_s - (self.clock() - began))
         if left_s <= 0.001:
             return ExactAnswer(warm, reward, bound, False)
+        solver = cp_model.CpSolver()
+        solver.parameters.num_workers = self.workers
         solver.parameters.max_time_in_seconds = left_s
         status = solver.solve(model.model)
         if status in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-            bound = min(bound, solver.best_objective_bound / SCALE + slot.requests / SCALE)
+            if whole:
+                bound = min(bound, solver.best_objective_bound / SCALE + slot.requests / SCALE)
             found = model.placements(solver)
             found_reward = float(self.network.evaluate(slot, found[None]).reward[0])
             if found_reward > reward:
                 warm, reward = found, found_reward
-        return ExactAnswer(warm, reward, max(bound, reward), status == cp_model.OPTIMAL)
+        return ExactAnswer(warm, reward, max(bound, reward), whole and status == cp_model.OPTIMAL)
 
     def _actions(self, slot: Slots, incumbent: float) -> tuple[list[_Actions], float]:
         """Per request what may still improve on the incumbent, and a first bound on the reward."""
@@ -129,6 +152,13 @@ def _filter(actions: _Actions, keep: FloatArray | IntArray) -> _Actions:
     )
 
 
+def _likeliest(actions: _Actions, most: int, start: IntArray) -> _Actions:
+    """The `most` actions of highest own value, and the warm start's, so that the solver has a solution at once."""
+    keep = (actions.placement == start).all(axis=1)
+    keep[np.argsort(-actions.value, kind="stable")[:most]] = True
+    return _filter(actions, keep)
+
+
 def _undominated(actions: _Actions) -> _Actions:
     """Drop an action if another of the same node and variant is as good in all four figures (first one kept)."""
     place, n = actions.placement, len(actions.value)
@@ -145,8 +175,11 @@ def _undominated(actions: _Actions) -> _Actions:
 class _Model:
     """The CP-SAT model of one slot over the surviving actions."""
 
-    def __init__(self, network: EdgeNetwork, slot: Slots, actions: list[_Actions], warm: IntArray) -> None:
-        self.model = cp_model.CpModel()
+    def __init__(
+        self, network: EdgeNetwork, slot: Slots, actions: list[_Actions], warm: IntArray, late: Callable[[], bool]
+    ) -> None:
+        """Build it; raises OutOfTimeError as soon as `late` says so."""
+        self.model, self.late = cp_model.CpModel(), late
         self.network, self.slot, self.actions = network, slot, actions
         self.chosen = [[self.model.new_bool_var("") for _ in a.value] for a in actions]
         self.objective: list[cp_model.LinearExpr] = []
@@ -162,7 +195,9 @@ class _Model:
                 self.model.add_hint(variable, bool((placement == warm[u]).all()))
         self._waiting()
         self._memory()
-        self.model.maximize(sum(self.objective))
+        if late():
+            raise OutOfTimeError
+        self.model.maximize(cp_model.LinearExpr.sum(self.objective))
 
     def placements(self, solver: cp_model.CpSolver) -> IntArray:
         """The solution's placements (U, 3)."""
@@ -176,6 +211,8 @@ class _Model:
     def _waiting(self) -> None:
         """Eq. 5: whoever is served later on a node waits for the earlier ones; Eq. 15 with that wait."""
         for u in range(1, self.slot.requests):
+            if self.late():
+                raise OutOfTimeError
             own = self.actions[u]
             if not len(own.value):
                 continue
@@ -192,13 +229,12 @@ class _Model:
                 if not terms:
                     continue
                 wait = self.model.new_int_var(0, longest, "")
-                self.model.add(wait >= sum(terms) - longest * (1 - sum(here)))
+                self.model.add(wait >= cp_model.LinearExpr.sum(terms) - longest * (1 - cp_model.LinearExpr.sum(here)))
                 waits.append(wait)
                 self.objective.append(-1 * wait)
             if waits:
                 delays = [x * _ceil(float(d)) for x, d in zip(self.chosen[u], own.delay_s, strict=True)]
-                slack = sum(w for w in waits)
-                self.model.add(sum(delays) + slack <= deadline)
+                self.model.add(cp_model.LinearExpr.sum([*delays, *waits]) <= deadline)
 
     def _memory(self) -> None:
         """Eqs. 9, 13 and 14: one instance per variant and node, shared; what is placed has to fit."""

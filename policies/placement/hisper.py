@@ -11,8 +11,8 @@ Readings that the paper leaves open:
 - Eq. 34's tau multiplies the old target.
 - The discount is 0 by default (see `training.Settings`); then the targets are the sub-rewards and no next action is
   needed. Any discount in [0, 1) works.
-- Critics learn every head in units of its own spread over the prefill (`normalise`); actors see the figures scaled
-  back, so that alpha means what it means in Eq. 23.
+- Critics learn every head on the scale of `reward_scale.py` (`normalise`); actors see the figures scaled back, so
+  that alpha means what it means in Eq. 23.
 - Acting while training samples; evaluation takes the likeliest sub-actions (`sampled` draws them instead).
 """
 
@@ -39,6 +39,7 @@ from policies.placement.networks import (
 )
 from policies.placement.observation import Layout, bandwidth_features, critic_requests, node_features
 from policies.placement.replay import Batch, Replay
+from policies.placement.reward_scale import RewardScale
 from policies.placement.rules import Convention, Heuristic, RandomRule
 from policies.placement.training import (
     Run,
@@ -94,7 +95,7 @@ class SoftLearner:
         self.noise = torch.Generator(device=self.device).manual_seed(settings.seed + 1)
         self.rng = np.random.default_rng([settings.seed, 1])
         self.replay = Replay(settings.buffer, self.services, nodes, self.device)
-        self.center, self.scale = torch.zeros(heads, device=self.device), torch.ones(heads, device=self.device)
+        self.scale = RewardScale(heads, self.device)
         self.updates = 0
 
     def run(self, run: Run, resume: bool = False) -> Parameters:
@@ -162,7 +163,7 @@ class SoftLearner:
         with self._low_precision():
             state = critic_state(self.critic_shape, self.critics, batch.requests, batch.nodes, self.links)
             values = critic_values(self.critic_shape, self.critics, state, self._one_hot(batch.actions))
-        loss = ((values.float() - (rewards - self.center) / self.scale) ** 2).sum(dim=2).mean(dim=1).sum()  # Eq. 32
+        loss = ((values.float() - self.scale.learned(rewards)) ** 2).sum(dim=2).mean(dim=1).sum()  # Eq. 32
         self.critic_optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         self.critic_optimiser.step()
@@ -193,7 +194,7 @@ class SoftLearner:
             mixed = joint.clone()
             mixed[:, n] = torch.cat(actions, dim=2)[0]
             values = critic_values(self.critic_shape, frozen, state, mixed.to(exact)).float()
-            loss = (alpha * log_prob - (values.min(dim=0).values * self.scale).sum(dim=1)).mean()
+            loss = (alpha * log_prob - self.scale.rewards(values.min(dim=0).values).sum(dim=1)).mean()
             self.actor_optimisers[n].zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             self.actor_optimisers[n].step()
@@ -212,7 +213,7 @@ class SoftLearner:
             state = critic_state(self.critic_shape, self.targets, batch.requests, batch.nodes, self.links)
             joint = torch.cat(actions, dim=2).transpose(0, 1)
             values = critic_values(self.critic_shape, self.targets, state, joint).min(dim=0).values
-        return values * self.scale + self.center - alpha * cast(Tensor, log_prob)[:, None]
+        return self.scale.rewards(values) - alpha * cast(Tensor, log_prob)[:, None]
 
     def _draw(self) -> Batch:
         rows = self.rng.integers(self.replay.filled, size=self.settings.minibatch)
@@ -253,8 +254,7 @@ class SoftLearner:
             self._remember(slots, rules[names[first // 1000 % len(names)]].decide(slots, self.rng))
         if settings.normalise and self.replay.filled > 1:
             rewards = self.replay.rewards[: self.replay.filled]
-            rewards = rewards if settings.hra else rewards.sum(dim=1, keepdim=True)
-            self.center, self.scale = rewards.mean(dim=0), rewards.std(dim=0).clamp_min(1e-6)
+            self.scale.fit(rewards if settings.hra else rewards.sum(dim=1, keepdim=True))
 
     def _policy(self) -> LearnedPolicy:
         artifact = artifact_of(self.settings, self.network, self.shape, self.actors)
@@ -267,8 +267,8 @@ class SoftLearner:
         tensors |= {f"target.{k}": v for k, v in self.targets.items()}
         for name, optimiser, leaves in self._optimisers():
             tensors |= optimiser_state(name, optimiser, leaves)
-        tensors |= {"noise": self.noise.get_state(), "center": self.center, "scale": self.scale}
-        return tensors | self.replay.state() | {"updates": torch.tensor(self.updates)}
+        tensors |= {"noise": self.noise.get_state(), "updates": torch.tensor(self.updates)}
+        return tensors | self.scale.state() | self.replay.state()
 
     def _restore(self, saved: Parameters) -> None:
         with torch.no_grad():
@@ -278,7 +278,7 @@ class SoftLearner:
         for name, optimiser, leaves in self._optimisers():
             restore_optimiser(name, optimiser, leaves, saved)
         self.noise.set_state(saved["noise"])
-        self.center, self.scale = saved["center"].to(self.device), saved["scale"].to(self.device)
+        self.scale.restore(saved)
         self.replay.restore(saved)
         self.updates = int(saved["updates"])
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from policies.placement.contract import FloatArray, Slots
-from policies.placement.edge_network import MEGABITS_PER_MEGABYTE, EdgeNetwork, NodeState
+from policies.placement.edge_network import MEGABITS_PER_MEGABYTE, EdgeNetwork, NodeState, Options
 
 LAYOUTS = ("paper", "derived")
 # Normalisers (the paper gives none): typical upper ends of Section VI-B's ranges.
@@ -72,15 +72,20 @@ def bandwidth_features(network: EdgeNetwork) -> FloatArray:
     return network.graph.bandwidth_matrix()[np.triu_indices(network.nodes, 1)] / BANDWIDTH_MBPS
 
 
-def observe(network: EdgeNetwork, layout: Layout, state: NodeState, slots: Slots, u: int) -> FloatArray:
-    """(E, size): what the agent of request u sees in every slot, given the nodes' state."""
+def observe(
+    network: EdgeNetwork, layout: Layout, state: NodeState, slots: Slots, u: int, options: Options | None = None
+) -> FloatArray:
+    """(E, size): what the agent of request u sees in every slot, given the nodes' state.
+
+    `options` are `network.options(state, slots, u)`, for callers that have them already.
+    """
     request = request_features(slots, u, network.nodes)
     rows = slots.slots
     if layout.name == "paper":
         bandwidths = np.broadcast_to(bandwidth_features(network), (rows, layout.groups[3]))
         parts = [request, state.waiting_tflop / WORK_TFLOP, state.memory_used_mb / MEMORY_MB, bandwidths]
         return np.concatenate(parts, axis=1)
-    options = network.options(state, slots, u)
+    options = options or network.options(state, slots, u)
     best = np.where(options.feasible, options.value, NO_VALUE).max(axis=(1, 2))
     v = np.maximum(slots.local[:, u], 0)
     megabits = MEGABITS_PER_MEGABYTE * slots.data_mb[:, u, None]

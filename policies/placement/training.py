@@ -35,9 +35,8 @@ class Settings:
     the 20 environments), with an actor update at every second one; 1,000 critic updates on the prefill before the
     first step; discount 0 (nothing done in a slot changes the next one, so any discount only adds the same amount to
     every Q-value, with noise); the share of old target kept, tau 0.995; buffer 2.8e5 slots, which fills at the step
-    that the paper names; random actions for the prefill; critics that learn each sub-reward in units of its standard
-    deviation over the prefill (unscaled, the penalties drown delay and cost, whose heads then stay worse than their
-    means); learning rates that fall linearly to a twentieth.
+    that the paper names; random actions for the prefill; the scale of the critics' targets (`reward_scale.py`);
+    learning rates that fall linearly to a twentieth.
     """
 
     algorithm: str = "hisper"
@@ -75,7 +74,9 @@ class Settings:
     sampled: bool = False  # draw actions also when serving, instead of taking the likeliest
     sequential: bool = False  # agents see the nodes' state updated by those before them
     guide: float = 0.0  # weight of the log-probabilities beside the formula values; 0: they decide alone
-    start: str = ""  # `convention`: guided actors begin as that rule
+    start: str = ""  # what guided actors begin with: see `guided.py`
+    price_rounds: int = 40
+    price_slots: int = 3_000
     temperature: float = 0.1  # of the guided softmax while training, at the start
     temperature_end: float = 0.01  # and at the end (geometric)
     bfloat16: bool = True  # the critics' passes: up to five times faster where the CPU has it

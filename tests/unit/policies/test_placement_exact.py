@@ -107,6 +107,36 @@ def test_out_of_time_is_never_worse_than_the_warm_start_and_says_so() -> None:
         assert live.bound >= live.reward
 
 
+def test_few_actions_improve_on_the_warm_start_but_prove_nothing() -> None:
+    from policies.placement.graph import eua16
+
+    network = EdgeNetwork(eua16(), shipped_tables())
+    slots = draw_slots(network, Load(per_service=4), 6, np.random.default_rng(4))
+    gained = 0.0
+    for e in range(slots.slots):
+        slot = slots.take(slice(e, e + 1))
+        start = float(network.evaluate(slot, Beam(network, 1).decide_one(slot)[None]).reward[0])
+        answer = Exact(network, beam_width=1, most_actions=3).solve(slot)
+        assert answer.reward >= start - 1e-12
+        assert answer.bound > answer.reward
+        assert not answer.proved
+        assert answer.reward == pytest.approx(float(network.evaluate(slot, answer.placements[None]).reward[0]))
+        gained += answer.reward - start
+    assert gained > 0.01
+
+
+@pytest.mark.parametrize("readings", [2, 4, 7])
+def test_a_limit_that_ends_while_the_model_is_built_gives_the_warm_start(readings: int) -> None:
+    from policies.placement.graph import eua16
+
+    network = EdgeNetwork(eua16(), shipped_tables())
+    slot = draw_slots(network, Load(per_service=4), 1, np.random.default_rng(2))
+    clock = itertools.chain(itertools.repeat(0.0, readings), itertools.repeat(1.0))
+    answer = Exact(network, limit_s=0.5, beam_width=4, clock=lambda: next(clock)).solve(slot)
+    assert (answer.placements == Beam(network, 4).decide_one(slot)).all()
+    assert not answer.proved
+
+
 def test_a_limit_has_to_be_some_time() -> None:
     with pytest.raises(ValueError, match="limit_s"):
         Exact(small_network([1000.0] * 3), limit_s=0.0)

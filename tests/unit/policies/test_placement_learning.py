@@ -21,6 +21,7 @@ from policies.placement.hisper import SoftLearner
 from policies.placement.networks import actor_log_probs, actor_parameters, critic_state, critic_values, straight_through
 from policies.placement.observation import Layout, critic_requests, node_features, observe, observe_all
 from policies.placement.replay import Replay
+from policies.placement.reward_scale import RewardScale
 from policies.placement.rules import Convention, Heuristic, RandomRule, Sequential
 from policies.placement.tables import shipped_tables
 from policies.placement.train import PRESETS, preset, train
@@ -139,7 +140,7 @@ def test_straight_through_samples_the_distribution_and_passes_gradients() -> Non
 
 
 def test_targets_follow_equation_31() -> None:
-    learner = SoftLearner(replace(SMALL, discount=0.9))
+    learner = SoftLearner(replace(SMALL, discount=0.9))  # no prefill: the critics learn rewards as they are
     learner.collect(64)
     learner.noise.manual_seed(5)
     learner.rng = np.random.default_rng(5)
@@ -297,9 +298,22 @@ def test_critics_learn_small_sub_rewards_beside_penalties_only_when_scaled() -> 
         with torch.no_grad():
             state = critic_state(learner.critic_shape, learner.critics, batch.requests, batch.nodes, learner.links)
             values = critic_values(learner.critic_shape, learner.critics, state, learner._one_hot(batch.actions))
-        error = values.mean(dim=0) * learner.scale + learner.center - batch.rewards
+        error = learner.scale.rewards(values.mean(dim=0)) - batch.rewards
         explained[normalise] = float(1 - error[:, 1].var() / batch.rewards[:, 1].var())
     assert explained[True] > 0.3 > 0.0 > explained[False]
+
+
+def test_the_reward_scale_maps_back_and_resolves_small_differences_beside_penalties() -> None:
+    rewards = torch.tensor([[-700.0, -12.0], [-99.6, -5.0], [0.0, -0.2], [0.25, -4.0], [5.0, -8.0]])
+    scale = RewardScale(2, "cpu")
+    np.testing.assert_array_equal(scale.rewards(scale.learned(rewards)), rewards)  # the identity until fitted
+    scale.fit(rewards)
+    learned = scale.learned(rewards)
+    np.testing.assert_allclose(learned.mean(dim=0).numpy(), 0.0, atol=1e-6)
+    np.testing.assert_allclose(learned.std(dim=0).numpy(), 1.0, atol=1e-6)
+    np.testing.assert_allclose(scale.rewards(learned).numpy(), rewards.numpy(), rtol=1e-4, atol=1e-5)
+    linear = rewards[:, 0] / rewards[:, 0].std()
+    assert learned[3, 0] - learned[2, 0] > 50 * (linear[3] - linear[2])
 
 
 def test_the_buffer_gives_back_what_it_was_given_and_forgets_the_oldest() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from policies.routing.artifact import read_artifact
+from policies.routing.checkpoint import load, save
 from policies.routing.contract import InstanceKind, RoutingError, observation_of
 from policies.routing.environment import SlotEnvironments
 from policies.routing.features import features, layout_for
@@ -110,8 +111,8 @@ def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path: Path
     whole.run(4_000, reports.append)
     assert [p.slots for p in reports] == [1_000, 2_000, 3_000, 4_000]
     first.run(2_000, lambda progress: None)
-    first.save(tmp_path / "checkpoint.pt")
-    second.load(tmp_path / "checkpoint.pt")
+    save(first, tmp_path / "checkpoint.pt")
+    load(second, tmp_path / "checkpoint.pt")
     second.run(4_000, lambda progress: None)
     for a, b in zip(whole.network.parameters(), second.network.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -144,9 +145,9 @@ def test_training_moves_away_from_a_start_that_drowns_in_bursts() -> None:
         slots=60_000, environments=100, slots_per_update=6_000, minibatch=2_000, learning_rate=3e-3, gamma=0.9
     )
     trainer = Trainer(task, short, seed=1)
-    before = trainer.examine(60)["bursty"].violation_ratio
+    before = trainer.examine(60)[0]["bursty"].violation_ratio
     trainer.run(60_000, lambda progress: None)
-    assert trainer.examine(60)["bursty"].violation_ratio < before - 0.1
+    assert trainer.examine(60)[0]["bursty"].violation_ratio < before - 0.1
 
 
 def test_bad_artifacts_are_named(tmp_path: Path) -> None:
