@@ -4,13 +4,12 @@ One update: collect `slots_per_update` slots with the current policy, estimate a
 of minibatches on the clipped objective (Eq. 10) for the actor and on the mean squared error for the critic.
 """
 
-import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,8 +55,24 @@ class Progress:
     scores: dict[str, Scores]
 
 
+class Rollout(NamedTuple):
+    """T slots of E environments under the noisy policy, and the boundary after them.
+
+    seen float32[T + 1, E, F]; outputs [T, E, outputs], log_y [T, E, n], pairs int64[T, E, variants]: torch tensors;
+    reward float32[T, E]; given float64[T, E, K]: what no policy can change; value float32[T + 1, E].
+    """
+
+    seen: NDArray[np.float32]
+    outputs: Tensor
+    log_y: Tensor
+    pairs: Tensor
+    reward: NDArray[np.float32]
+    given: NDArray[np.float64]
+    value: NDArray[np.float32]
+
+
 class Trainer:
-    """A training run: `run` to the end, `save` and `load` in between; the same seed repeats it bit for bit."""
+    """A training run: `run` to the end, `checkpoint.py` keeps it in between; the same seed repeats it bit for bit."""
 
     def __init__(self, task: Task, preset: Preset, seed: int, threads: int = 1) -> None:
         torch.manual_seed(seed)
@@ -77,12 +92,12 @@ class Trainer:
             [preset.batch_start if pair == AS_THEY_COME else rest for pair in PAIRS],
         )
         self.adam = torch.optim.Adam(self.network.parameters(), lr=preset.learning_rate, fused=True)
-        sides = towers.pack(self.network.actor), towers.pack(self.network.critic)
-        self._scratch = [(fused.scratch_for(sides[0]), fused.scratch_for(sides[1])) for _ in range(threads)]
+        self._fix()
+        self._scratch = [(fused.scratch_for(self._actor), fused.scratch_for(self._critic)) for _ in range(threads)]
         self.noise = torch.Generator().manual_seed(seed + 1)
         self.update = 0
         self.value_mean, self.value_scale = 0.0, 0.0
-        self._examined = self._environments(200, seed + 2)
+        self.examined = self._environments(200, seed + 2)
 
     def _environments(self, count: int, seed: int) -> SlotEnvironments:
         return SlotEnvironments(
@@ -113,49 +128,48 @@ class Trainer:
             report(Progress(self.update, self.slots, speed, left_s, reward, scores))
 
     def _one_update(self) -> float:
-        p = self.preset
-        steps, e, n = p.slots_per_update // p.environments, p.environments, self.network.instances
-        seen = np.zeros((steps + 1, e, self.layout.size), dtype=np.float32)
-        outputs = torch.zeros((steps, e, self.network.outputs))
-        log_y = torch.zeros((steps, e, n))
-        pairs = torch.zeros((steps, e, self.variants), dtype=torch.int64)
-        reward = np.zeros((steps, e), dtype=np.float32)
-        given = np.zeros((steps, e, 9 * self.task.arrivals.phases))
-        value = np.zeros((steps + 1, e), dtype=np.float32)
-        sides = towers.pack(self.network.actor), towers.pack(self.network.critic)
-        for t in range(steps + 1):
-            self.environments.observe(seen[t])
-            out, values = self._look(sides, seen[t])
-            value[t] = values * (self.value_scale or 1.0) + self.value_mean
-            if t == steps:
-                break
-            outputs[t] = out
-            log_y[t], pairs[t] = self._act(out, p.sigma)
-            reward[t] = self._step(self.environments, log_y[t], pairs[t])
-            given[t] = self.environments.exogenous()
-        with torch.no_grad():
-            old = self.network.log_prob(outputs, log_y, pairs, p.sigma)
-        mean_reward = float(reward.mean())
-        if p.input_baseline:
-            reward = without_input(reward, given)
-        self._rescale(reward, value)
-        advantage = advantages(reward, value, p.gamma, p.gae_lambda)
-        target = (advantage + value[:-1] - self.value_mean) / self.value_scale
-        done = towers.Seen(
-            log_y.flatten(0, 1).numpy(), pairs.flatten(0, 1).numpy(), old.flatten().numpy(), advantage.ravel(),
-            target.ravel(),
-        )  # fmt: skip
-        self._learn(towers.compact(seen[:-1].reshape(steps * e, -1)), done)
+        rollout = self._collect()
+        mean_reward = float(rollout.reward.mean())
+        reward = without_input(rollout.reward, rollout.given) if self.preset.input_baseline else rollout.reward
+        self._rescale(reward, rollout.value)
+        self._learn(rollout, reward)
         self.update += 1
         return mean_reward
 
-    def _look(
-        self, sides: tuple[towers.Tower, towers.Tower], seen: NDArray[np.float32]
-    ) -> tuple[Tensor, NDArray[np.float32]]:
-        """Actor outputs [E, outputs] and values [E] of all environments."""
+    def _collect(self) -> Rollout:
+        p, e = self.preset, self.preset.environments
+        steps = p.slots_per_update // e
+        r = Rollout(
+            np.zeros((steps + 1, e, self.layout.size), dtype=np.float32),
+            torch.zeros((steps, e, self.network.outputs)),
+            torch.zeros((steps, e, self.network.instances)),
+            torch.zeros((steps, e, self.variants), dtype=torch.int64),
+            np.zeros((steps, e), dtype=np.float32),
+            np.zeros((steps, e, 9 * self.task.arrivals.phases)),
+            np.zeros((steps + 1, e), dtype=np.float32),
+        )
+        self._fix()
+        for t in range(steps + 1):
+            self.environments.observe(r.seen[t])
+            out, values = self._look(self.environments, r.seen[t])
+            r.value[t] = values * (self.value_scale or 1.0) + self.value_mean
+            if t == steps:
+                break
+            r.outputs[t] = out
+            r.log_y[t], r.pairs[t] = self._act(out, p.sigma)
+            r.reward[t] = self._step(self.environments, r.log_y[t], r.pairs[t])
+            r.given[t] = self.environments.exogenous()
+        return r
+
+    def _fix(self) -> None:
+        """Take the weights as they are for the coming looks."""
+        self._actor, self._critic = towers.pack(self.network.actor), towers.pack(self.network.critic)
+
+    def _look(self, environments: SlotEnvironments, seen: NDArray[np.float32]) -> tuple[Tensor, NDArray[np.float32]]:
+        """Actor outputs [E, outputs] and values [E], in the critic's units, for what was seen of the environments."""
         (actor, critic), rows = self._scratch[0], towers.compact(seen)
-        out = fused.forward(sides[0], actor, rows, self.network.outputs)
-        return torch.from_numpy(out), fused.forward(sides[1], critic, rows, 1)[:, 0]
+        out = fused.forward(self._actor, actor, rows, self.network.outputs)
+        return torch.from_numpy(out), fused.forward(self._critic, critic, rows, 1)[:, 0]
 
     def _act(self, out: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
         """Log-probabilities [E, n] and batch choices [E, variants]; sigma = 0 gives the most likely ones."""
@@ -200,11 +214,25 @@ class Trainer:
             last.weight.mul_(old_scale / self.value_scale)
             last.bias.mul_(old_scale).add_(old_mean - self.value_mean).div_(self.value_scale)
 
-    def _learn(self, rows: towers.Rows, seen: towers.Seen) -> None:
+    def _slow_down(self) -> None:
+        """The learning rate falls linearly over the run."""
         p = self.preset
         done = min(self.slots / p.slots, 1.0)
         for group in self.adam.param_groups:
             group["lr"] = p.learning_rate * (1.0 - (1.0 - p.final_rate) * done)
+
+    def _learn(self, r: Rollout, reward: NDArray[np.float32]) -> None:
+        p = self.preset
+        advantage = advantages(reward, r.value, p.gamma, p.gae_lambda)
+        target = (advantage + r.value[:-1] - self.value_mean) / self.value_scale
+        with torch.no_grad():
+            old = self.network.log_prob(r.outputs, r.log_y, r.pairs, p.sigma)
+        seen = towers.Seen(
+            r.log_y.flatten(0, 1).numpy(), r.pairs.flatten(0, 1).numpy(), old.flatten().numpy(), advantage.ravel(),
+            target.ravel(),
+        )  # fmt: skip
+        rows = towers.compact(r.seen[:-1].reshape(-1, self.layout.size))
+        self._slow_down()
         actor, critic = self.network.actor, self.network.critic
         with ThreadPoolExecutor(self.threads) as pool:
             for _ in range(p.epochs):
@@ -231,13 +259,19 @@ class Trainer:
                             weight.grad = None
                     self.adam.step()
 
-    def examine(self, slots: int = 100) -> dict[str, Scores]:
-        """Scores of the policy without noise over `slots` more slots of 200 environments kept for this."""
-        sides = towers.pack(self.network.actor), towers.pack(self.network.critic)
+    def examine(self, slots: int = 100) -> tuple[dict[str, Scores], list[list[float]]]:
+        """Scores of the policy without noise over `slots` more slots of 200 environments kept for this.
+
+        Also the mean batch limits [minimum, maximum] that it chose per variant (empty without batching).
+        """
+        self._fix()
+        limits = np.zeros((self.variants, 2))
         for _ in range(slots):
-            out, _ = self._look(sides, self._examined.observe())
-            self._step(self._examined, *self._act(out, 0.0))
-        return scores_of(self._examined.take_counts(), self.task.arrivals.phase_names)
+            out, _ = self._look(self.examined, self.examined.observe())
+            log_y, pairs = self._act(out, 0.0)
+            self._step(self.examined, log_y, pairs)
+            limits += np.array(PAIRS, dtype=np.float64)[pairs.numpy()].mean(axis=0) / slots
+        return scores_of(self.examined.take_counts(), self.task.arrivals.phase_names), limits.tolist()
 
     def export(self, folder: Path, record: dict[str, Any]) -> None:
         """Write the actor as an artifact (safetensors + JSON) with the training record."""
@@ -247,38 +281,3 @@ class Trainer:
             folder, self.task.name, self.layout, tensors, slot_s=self.task.slot_s, workload=self.task.workload,
             training=training,
         )  # fmt: skip
-
-    def save(self, path: Path) -> None:
-        """Write a checkpoint from which `load` goes on bit for bit."""
-        simulated = {}
-        for name, env in (("train", self.environments), ("examined", self._examined)):
-            simulated[name] = {k: torch.from_numpy(v.view(np.int64)) for k, v in env.state._asdict().items()}
-        part = path.with_suffix(".part")
-        torch.save(
-            {
-                "network": self.network.state_dict(),
-                "adam": self.adam.state_dict(),
-                "noise": self.noise.get_state(),
-                "update": self.update,
-                "value": [self.value_mean, self.value_scale],
-                "simulated": simulated,
-                "steps": [self.environments.slots, self._examined.slots],
-                "preset": json.dumps(asdict(self.preset)),
-            },
-            part,
-        )
-        part.replace(path)
-
-    def load(self, path: Path) -> None:
-        """Go on from a checkpoint of a run with the same task and preset."""
-        kept = torch.load(path, weights_only=True)
-        self.network.load_state_dict(kept["network"])
-        self.adam.load_state_dict(kept["adam"])
-        self.noise.set_state(kept["noise"])
-        self.update = kept["update"]
-        self.value_mean, self.value_scale = kept["value"]
-        for name, env in (("train", self.environments), ("examined", self._examined)):
-            for key, array in env.state._asdict().items():
-                if key in kept["simulated"][name]:  # what only rules use may be newer than the checkpoint
-                    array.view(np.int64)[...] = kept["simulated"][name][key].numpy()
-        self.environments.slots, self._examined.slots = kept["steps"]

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from policies.routing.checkpoint import load, save
 from policies.routing.ppo import Progress, Task, Trainer
 from policies.routing.presets import paper_service, preset, workload
 from policies.routing.warm_start import start_from
@@ -45,8 +46,8 @@ def train(
 ) -> list[dict[str, Any]]:
     """Run a trainer to `until_slots`, keeping checkpoint, curve, TensorBoard files and artifact in `folder`.
 
-    Returns the learning curve: one entry per examination, with slots and the scores without noise. Interrupted, it
-    loses at most `examine_every` updates.
+    Returns the learning curve: one entry per examination, with slots, the scores without noise and
+    (with batching) the mean batch limits per variant. Interrupted, it loses at most `examine_every` updates.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -58,8 +59,11 @@ def train(
     def after(progress: Progress) -> None:
         point: dict[str, Any] | None = None
         if progress.update % examine_every == 0 or trainer.slots >= until_slots:
-            scores = {k: s.as_dict() for k, s in trainer.examine().items()}
+            found, limits = trainer.examine()
+            scores = {k: s.as_dict() for k, s in found.items()}
             point = {"slots": progress.slots, "scores": scores}
+            if limits:
+                point["batch_limits"] = limits
             curve.append(point)
             curve_path.write_text(json.dumps(curve))
             for phase, values in scores.items():
@@ -67,7 +71,7 @@ def train(
                     writer.add_scalar(f"{phase}/{key}", values[key], progress.slots)
             writer.add_scalar("reward", progress.reward, progress.slots)
             trainer.export(folder, {**(record or {}), "examined": scores})
-            trainer.save(folder / "checkpoint.pt")
+            save(trainer, folder / "checkpoint.pt")
         if report is not None:
             report(progress, point)
 
@@ -121,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     task = paper_task(given.policy, given.workload, given.requirement_ms / 1000.0)
     trainer = Trainer(task, chosen, given.seed, given.threads)
     if given.resume and (given.out / "checkpoint.pt").exists():
-        trainer.load(given.out / "checkpoint.pt")
+        load(trainer, given.out / "checkpoint.pt")
     elif given.start is not None:
         start_from(trainer, given.start)
     stop_at = None if given.minutes is None else time.monotonic() + 60.0 * given.minutes
