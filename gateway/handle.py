@@ -27,8 +27,9 @@ from gateway.dispatch import (
     Request,
 )
 from gateway.fleet import Fleet
+from gateway.fleet_metrics import FleetMetrics, shared_folder
 from gateway.inferences import Inferences
-from gateway.metrics import UNKNOWN, FleetCollector, GatewayMetrics
+from gateway.metrics import UNKNOWN, GatewayMetrics
 from gateway.presence import Presence
 from gateway.responses import Send
 from gateway.router import RouterStatistics, ServiceRouter
@@ -77,8 +78,9 @@ class Gateway:
         self.config = config
         self.fleet = Fleet(board, on_change=lambda: self.dispatcher.release())
         self.dispatcher = Dispatcher(self.fleet, Random(seed).random, config.answer_timeout_s)
-        self.metrics = GatewayMetrics()
-        self.metrics.registry.register(FleetCollector(self.fleet.services.values, self.dispatcher.statistics))
+        self.metrics = GatewayMetrics(
+            FleetMetrics(self.fleet.id, self.fleet.services.values, self.dispatcher.statistics, shared_folder())
+        )
         self.arrivals = Arrivals(secrets.token_hex(4), time.monotonic())
         self.inferences = Inferences()
         self.uploads = Uploads(int(config.uploads_mb * 2**20))
