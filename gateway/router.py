@@ -84,6 +84,7 @@ class ServiceRouter:
         self.rank: list[int] = []
         self.routable = 0
         self.margin = new_margin(1.0 - spec.percentile)
+        self._first_margin = self.margin[0]
         self._by_id: dict[str, Target] = {}
         self._table: Table | None = None
         self._table_sums: list[float] = []
@@ -103,6 +104,7 @@ class ServiceRouter:
             raise ValueError(f"router = {spec.router!r} of service {self.name!r}: must be one of {', '.join(ROUTERS)}")
         if spec.percentile != self.spec.percentile:
             self.margin = new_margin(1.0 - spec.percentile)
+            self._first_margin = self.margin[0]
         self.spec = spec
         self.uses_tables = spec.router in TABLE_ROUTERS
         self.wants_phase = spec.router in PHASE_ROUTERS
@@ -172,9 +174,15 @@ class ServiceRouter:
                 self.capacity[index] = record.capacity
                 self.length[index] = target.in_flight
                 self.clear_s[index] = 0.0
+                # While it loaded nobody knew its service time; its worker's own measurement is the best there is now.
+                self.service_s[index] = record.service_s or self.service_s[index]
             else:
                 self.capacity[index] = record.capacity
         self._count()
+        if self.margin[0] == self._first_margin:  # nothing learned yet: start as these instances' service times ask
+            longest_s = max((self.service_s[i] for i, places in enumerate(self.capacity) if places > 0), default=1e9)
+            self.margin = new_margin(1.0 - self.spec.percentile, longest_s / (self.spec.requirement_ms / 1e3))
+            self._first_margin = self.margin[0]
 
     def close(self, target: Target) -> None:
         """No further request for this instance until the next registration says that it is ready."""

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from policies.routing.contract import BATCH_SIZES, FloatArray, InstanceKind, IntArray, RoutingError
-from policies.routing.estimation import FIRST_MARGIN, new_margin
+from policies.routing.estimation import new_margin
 from policies.routing.per_request import new_state
 from policies.routing.randomness import streams
 
@@ -251,7 +251,7 @@ def build(
     gateways: int = 1,
     refresh_s: float = 0.0,
     bounce: bool = False,
-    margin: float = FIRST_MARGIN,
+    margin: float | None = None,
     learn_trust: bool = False,
     learn_rate: float = 0.0,
     log: int = 0,
@@ -259,7 +259,8 @@ def build(
 ) -> tuple[System, State]:
     """Flat arrays for a simulation that starts empty at time 0, phases drawn from their stationary law.
 
-    margin: where margin[0] starts; learn_trust, learn_rate: whether margin and service times are learned online;
+    margin: where margin[0] starts (None: where a live gateway's would); learn_trust, learn_rate: whether margin and
+    service times are learned online;
     gateways, refresh_s, bounce: several gateways that see each other's load up to refresh_s late, and whether the
     workers bounce; weights: of the learned rule; log: number of requests whose instance and finish are recorded (one
     environment only).
@@ -306,6 +307,9 @@ def build(
     )
     e, g, c = environments, gateways, int(capacity.max())
     places = service.central_capacity or int(capacity.sum())
+    trust = new_margin(heavy_share=float(mean_s[:, 0].max()) / service.requirement_s)
+    if margin is not None:
+        trust[0] = margin
     state = State(
         random=streams(seed, e),
         clock=np.zeros((e, 4)),
@@ -318,10 +322,7 @@ def build(
         view_clear_s=np.zeros((e, g, n)),
         view_service_s=np.tile(mean_s[:, 0], (e, g, 1)),
         view_batch=np.zeros((e, g, 2, n if batching else 0)),
-        trust=np.tile(
-            np.array(new_state(margin, new_margin()[1]) if weights is not None else [margin, new_margin()[1]]),
-            (e, g, 1),
-        ),
+        trust=np.tile(np.array(new_state(*trust) if weights is not None else trust), (e, g, 1)),
         central=np.zeros((e, places, 2), dtype=np.int64),
         central_s=np.zeros((e, places)),
         log=np.tile([-1.0, np.nan], (log, 1)),

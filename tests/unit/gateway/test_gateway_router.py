@@ -56,6 +56,28 @@ def shares(router: ServiceRouter, now_s: float = 0.0, draws: int = 4000) -> dict
 # who is there
 
 
+def test_an_instance_that_was_loading_is_believed_about_its_service_time_once_it_is_ready() -> None:
+    router = ServiceRouter(SERVICE, spec("deadline"))
+    router.set_instances([record("a/heavy", "heavy", state=InstanceState.LOADING, service_s=0.0)], HERE)
+    router.set_instances([record("a/heavy", "heavy", service_s=0.08)], HERE)
+    assert router.service_s == [0.08]
+    router.set_instances([record("a/heavy", "heavy", service_s=0.2)], HERE)
+    assert router.service_s == [0.08], "once it serves, what this gateway observes counts"
+
+
+@pytest.mark.parametrize(("heavy_s", "margin"), [(0.043, 0.3), (0.1, 1.25 / 3.0), (0.2, 0.5)])
+def test_the_margin_starts_low_but_in_reach_of_the_heaviest(heavy_s: float, margin: float) -> None:
+    router = ServiceRouter(SERVICE, spec("deadline"))
+    assert router.margin[0] == 0.5
+    router.set_instances([record("b/light", service_s=0.01)], HERE)
+    router.set_instances([record("a/heavy", "heavy", service_s=heavy_s), record("b/light", service_s=0.01)], HERE)
+    assert router.margin[0] == pytest.approx(margin)
+    router.learn(0.9 * margin * 0.3, float("inf"), 0.3)
+    learned = router.margin[0]
+    router.set_instances([record("a/heavy", "heavy", service_s=heavy_s)], HERE)
+    assert router.margin[0] == learned < margin
+
+
 def test_instances_are_numbered_in_sorted_order_and_ranked_by_the_service() -> None:
     router = router_of(record("c/light"), record("a/heavy", "heavy"), record("b/other", "other"))
     assert [target.id for target in router.targets] == ["a/heavy", "b/other", "c/light"]

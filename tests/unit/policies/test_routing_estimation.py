@@ -14,7 +14,16 @@ from policies.routing.estimation import (
     learn_service,
     new_margin,
 )
-from policies.routing.queueing_model import ARRIVED, IN_TIME, LATE, ServiceModel, build, markovian, paper_arrivals
+from policies.routing.queueing_model import (
+    ARRIVED,
+    IN_TIME,
+    LATE,
+    TO_HEAVY,
+    ServiceModel,
+    build,
+    markovian,
+    paper_arrivals,
+)
 from policies.routing.scores import scores_of
 from policies.routing.simulator import run_rule
 
@@ -85,6 +94,36 @@ def test_margin_settles_where_the_target_share_misses() -> None:
         [np.mean(m * rng.uniform(0.5, 1.0, 400) * np.exp(0.3 * rng.standard_normal(400)) > 1.0) for m in kept[::400]]
     )
     assert share == pytest.approx(0.005, abs=0.002)
+
+
+@pytest.mark.parametrize(("law", "cv"), [("gamma", 1.0), ("lognormal", 1.0)])
+def test_a_low_start_spares_the_first_burst_and_costs_nothing_later(law: str, cv: float) -> None:
+    service = ServiceModel(KINDS, law=law, cv=cv)
+    missed, goodput = {}, {}
+    for start in (FIRST_MARGIN, None):
+        system, state = build(
+            service, markovian([[-180.0]], [[180.0]]), 200, 5, learn_trust=True, learn_rate=0.02, margin=start
+        )
+        run_rule(system, state, "deadline", 5.0)
+        total = state.tally.sum(axis=(0, 1))
+        missed[start] = total[LATE] / total[ARRIVED]
+        system, state = build(service, paper_arrivals(), 8, 5, learn_trust=True, learn_rate=0.02, margin=start)
+        run_rule(system, state, "deadline", 4000.0)
+        goodput[start] = scores_of(state.tally.sum(axis=0), ("bursty", "normal"))["overall_50_50"].goodput_ratio
+    assert missed[None] < 0.7 * missed[FIRST_MARGIN]
+    assert goodput[None] > goodput[FIRST_MARGIN] - 5e-4
+
+
+def test_a_service_whose_heavy_instance_takes_long_starts_within_its_reach() -> None:
+    assert new_margin(0.02, 0.0)[0] == 0.3
+    for share in (0.3, 0.35, 0.39):
+        assert share < new_margin(0.02, share)[0] < 0.5
+        kinds = (InstanceKind("heavy", 0, share * 0.3, 0.9), LIGHT)
+        system, state = build(
+            ServiceModel(kinds, law="gamma", cv=0.1), markovian([[-5.0]], [[5.0]]), 8, 5, learn_trust=True
+        )
+        run_rule(system, state, "deadline", 100.0)
+        assert state.tally[:, :, TO_HEAVY].sum() > 0.4 * state.tally[:, :, ARRIVED].sum()
 
 
 def test_what_the_margin_did_not_decide_leaves_it_alone() -> None:
