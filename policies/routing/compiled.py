@@ -5,12 +5,15 @@ the old rule. The cache folder is therefore named by a hash of every source that
 """
 
 import hashlib
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
-from tempfile import gettempdir
 from typing import Any, TypeVar, cast
 
 import numba
+
+from policies.routing.compile_cache import cache_folder
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,7 +39,7 @@ def _cache_folder() -> str:
         source = _HERE / f"{name}.py"
         if source.exists():
             digest.update(source.read_bytes())
-    return str(Path(gettempdir()) / f"tidegate-numba-{digest.hexdigest()[:16]}")
+    return str(cache_folder(digest.hexdigest()[:16], os.environ, time.time()))
 
 
 # Compiled code here allocates nothing, so it needs no reference counts; their atomic increments took two thirds of
