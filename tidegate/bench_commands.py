@@ -58,6 +58,8 @@ def bench_gateway(
     """Requests/s and latency of the whole path with an instance that answers at once, beside MOSEC and a bare app.
 
     All three run at the same time and are measured in turn, round by round, by wrk with 40 kB bodies.
+
+    Example: tidegate bench gateway --repeats 5 --seconds 2
     """
     console = Console(stderr=True, highlight=False)
     try:
@@ -196,6 +198,8 @@ def bench_overload(
 
     What counts is how many useful answers come, how fast the rest is refused, and that nothing is computed for
     clients that have gone.
+
+    Example: tidegate bench overload --json
     """
     console = Console(stderr=True, highlight=False)
     try:

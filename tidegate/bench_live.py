@@ -43,6 +43,8 @@ def bench_live(
 
     light: Poisson 100/s, all within 300 ms. heavy: 180/s on a capacity of 4/0.043 = 93/s, 46 to 50% refused, at once.
     deadline: 10 s of 10/s and 10 s of 180/s in turn, under 0.5% violations and 23% or more heavy in bursts.
+
+    Example: tidegate bench live --seconds 60
     """
     print_figures(ended(_bench_live(seconds)), as_json)
 
@@ -98,7 +100,10 @@ def bench_memory(
     rate: Annotated[float, typer.Option(help="Requests per second.")] = 40.0,
     as_json: AsJson = False,
 ) -> None:
-    """Resident memory of gateway and digits workers under load: after 30 s, at the end, and the growth between."""
+    """Resident memory of gateway and digits workers under load: after 30 s, at the end, and the growth between.
+
+    Example: tidegate bench memory --seconds 60
+    """
     print_figures(ended(_bench_memory(seconds, rate)), as_json)
 
 
@@ -144,7 +149,10 @@ def _resident_mb(child: Child) -> float:
 
 
 def bench_router(as_json: AsJson = False) -> None:
-    """Microseconds of one routing decision (`deadline`, 4 and 256 instances) and of one draw from a table."""
+    """Microseconds of one routing decision (`deadline`, 4 and 256 instances) and of one draw from a table.
+
+    Example: tidegate bench router --json
+    """
     random = Random(0).random
     result: dict[str, Any] = {}
     for number in (4, 256):

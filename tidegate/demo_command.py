@@ -59,7 +59,12 @@ def demo(
     embedded: Annotated[bool, typer.Option(help="Use the embedded board even if redis-server is installed.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Serve real images through bursts with four routers and compare them. Needs nothing but this checkout."""
+    """Serve real images through bursts with four routers and compare them. Needs nothing but this checkout.
+
+    About two and a half minutes; Ctrl-C reports what was done until then.
+
+    Example: tidegate demo --report report.html
+    """
     console = Console(stderr=True, highlight=False)
     if not 5.0 <= duration_s <= 3600.0:
         raise typer.BadParameter("must be from 5 to 3600 seconds", param_hint="--duration-s")

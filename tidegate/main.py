@@ -1,6 +1,7 @@
 """The `tidegate` command: one typer application, one file per group of commands."""
 
-from typing import Any
+import importlib.metadata
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -58,16 +59,28 @@ class Commands(TyperGroup):
 
 app = typer.Typer(
     cls=Commands,
-    help="An edge inference server that keeps its latency promise through bursts by choosing which model answers.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
 
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tidegate {importlib.metadata.version('tidegate')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _commands() -> None:
-    """Keeps `up` a sub-command whatever else is there."""
+def _commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """An edge inference server that keeps its latency promise through bursts by choosing which model answers.
+
+    Start with: tidegate demo, then tidegate up -f deploy/digits.toml
+    """
 
 
 app.command("up")(up_command.up)

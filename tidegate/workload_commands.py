@@ -34,7 +34,10 @@ def fit(
     seed: Annotated[int, typer.Option(help="seed of the fitted process's sample")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
-    """Fit a two-phase Markovian arrival process and compare moments, autocorrelation and dispersion."""
+    """Fit a two-phase Markovian arrival process and compare moments, autocorrelation and dispersion.
+
+    Example: tidegate record -o monday.csv && tidegate workload fit monday.csv --plot fit.html
+    """
     try:
         arrivals = read_trace(trace).arrivals
         with errors.status("fitting"):
