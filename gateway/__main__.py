@@ -4,6 +4,7 @@ import gc
 import logging
 import os
 import socket
+from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
@@ -43,7 +44,7 @@ async def serve(config: GatewayConfig) -> None:
     GuardedConnection.header_timeout_s = config.header_timeout_s
     async with Board(config.board_url) as board:
         gateway = GuardedConnection.gateway = Gateway(config, board)
-        async with gateway.fleet, gateway.metrics.fleet:
+        async with gateway.fleet, gateway.exposition:
             await gateway.fleet.settle(FIRST_LOOK_S)
             server = DrainingServer(
                 uvicorn.Config(
@@ -89,6 +90,9 @@ def main(
     body_timeout_s: Annotated[float, typer.Option(help="Longest time that a body may take to arrive.")] = 10.0,
     uploads_mb: Annotated[float, typer.Option(help="MiB that all bodies still arriving may take together.")] = 256.0,
     header_timeout_s: Annotated[float, typer.Option(help="Longest time that a request's head may take.")] = 10.0,
+    metrics_folder: Annotated[
+        Path | None, typer.Option(help="Where the gateway processes of one port share what they count.")
+    ] = None,
     answer_timeout_s: Annotated[float, typer.Option(help="Longest wait for a worker beyond the budget.")] = 30.0,
 ) -> None:
     """Run one gateway: HTTP in, routed to the workers that the board knows."""
@@ -103,6 +107,7 @@ def main(
             drain_s=drain_s,
             body_timeout_s=body_timeout_s,
             uploads_mb=uploads_mb,
+            metrics_folder=metrics_folder,
             header_timeout_s=header_timeout_s,
             answer_timeout_s=answer_timeout_s,
         )

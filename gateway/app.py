@@ -112,7 +112,7 @@ def build_api(gateway: Gateway) -> FastAPI:
 
     @api.get("/metrics", summary="Prometheus metrics", tags=["operating"], response_class=Response)
     async def metrics() -> Response:
-        return Response(gateway.metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(gateway.exposition.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @api.get("/state", summary="Instances, routers and counts as this gateway sees them", tags=["operating"])
     async def state() -> Response:

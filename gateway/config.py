@@ -1,5 +1,6 @@
 """The gateway's configuration: a frozen struct, checked once at start."""
 
+from pathlib import Path
 from typing import Final
 
 import msgspec
@@ -18,7 +19,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     the body's size limit belongs to each service. `uploads_mb` (MiB) bounds what all unfinished bodies together take in
     this process: past it a body that goes on growing is UNAVAILABLE. `answer_timeout_s` is the longest wait for a
     worker beyond the request's own budget: past it the request FAILED. `drain_s` bounds the wait for requests under
-    way at the end.
+    way at the end. `metrics_folder`: where the processes of one port (`reuse_port`) share what they count.
     """
 
     host: str = "127.0.0.1"
@@ -32,6 +33,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
     uploads_mb: float = 256.0
     answer_timeout_s: float = 30.0
     drain_s: float = 10.0
+    metrics_folder: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.board_url:
@@ -44,6 +46,10 @@ class GatewayConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"max_header_bytes = {self.max_header_bytes}: must be at least 1024")
         if not 1 <= self.uploads_mb <= 1 << 20:
             raise ConfigError(f"uploads_mb = {self.uploads_mb}: must be from 1 to {1 << 20} MiB")
+        if self.metrics_folder is not None and not self.metrics_folder.is_dir():
+            raise ConfigError(
+                f"metrics_folder = {str(self.metrics_folder)!r}: no such folder; create it or leave it out"
+            )
         for key in ("header_timeout_s", "body_timeout_s", "answer_timeout_s", "drain_s"):
             value = getattr(self, key)
             if not 0 < value <= 3600:

@@ -26,8 +26,8 @@ from gateway.dispatch import (
     Refused,
     Request,
 )
+from gateway.exposition import Exposition
 from gateway.fleet import Fleet
-from gateway.fleet_metrics import FleetMetrics, shared_folder
 from gateway.inferences import Inferences
 from gateway.metrics import UNKNOWN, GatewayMetrics
 from gateway.presence import Presence
@@ -78,8 +78,9 @@ class Gateway:
         self.config = config
         self.fleet = Fleet(board, on_change=lambda: self.dispatcher.release())
         self.dispatcher = Dispatcher(self.fleet, Random(seed).random, config.answer_timeout_s)
-        self.metrics = GatewayMetrics(
-            FleetMetrics(self.fleet.id, self.fleet.services.values, self.dispatcher.statistics, shared_folder())
+        self.metrics = GatewayMetrics()
+        self.exposition = Exposition(
+            self.fleet.id, self.metrics, self.fleet.services.values, self.dispatcher.statistics, config.metrics_folder
         )
         self.arrivals = Arrivals(secrets.token_hex(4), time.monotonic())
         self.inferences = Inferences()
@@ -166,13 +167,10 @@ class Gateway:
     def statistics(self) -> GatewayStatistics:
         """A frozen picture of this process, for `/state`, metrics and tests."""
         now_s = time.monotonic()
-        outcomes: dict[str, dict[str, int]] = {}
-        for (service, outcome), number in self.metrics.tally.items():
-            outcomes.setdefault(service, {})[outcome.name] = number
         return GatewayStatistics(
             arrived=self._arrived,
-            in_flight=self._arrived - self.metrics.tally.total(),
-            outcomes=outcomes,
+            in_flight=self._arrived - self.metrics.ended,
+            outcomes=self.metrics.outcomes(),
             services={name: router.statistics(now_s) for name, router in self.fleet.services.items()},
             dispatch=self.dispatcher.statistics(),
         )

@@ -206,10 +206,6 @@ class Supervisor:
 
     def _child(self, name: str, command: list[str]) -> Child:
         env = {**os.environ, "TIDEGATE_REDIS_URL": self.board_url, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        if self.file.gateway.processes > 1 and name.startswith("gateway"):
-            counters = self.folder / "metrics"
-            counters.mkdir(exist_ok=True)
-            env["PROMETHEUS_MULTIPROC_DIR"] = str(counters)
         return Child(name, command, self.folder / f"{name}.log", env, self._on_event)
 
     async def _start_board(self) -> None:
@@ -261,7 +257,11 @@ class Supervisor:
         command += ["--header-timeout-s", str(settings.header_timeout_s)]
         command += ["--body-timeout-s", str(settings.body_timeout_s), "--drain-s", str(settings.drain_s)]
         command += ["--uploads-mb", str(settings.uploads_mb)]
-        return [*command, "--reuse-port"] if settings.processes > 1 else command
+        if settings.processes == 1:
+            return command
+        counts = self.folder / "metrics"
+        counts.mkdir(exist_ok=True)
+        return [*command, "--reuse-port", "--metrics-folder", str(counts)]
 
 
 async def _until_answered(board: Board, patience_s: float, otherwise: str) -> None:

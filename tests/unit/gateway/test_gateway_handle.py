@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -489,7 +490,7 @@ def test_metrics_carry_every_outcome_and_only_known_names() -> None:
         gateway = gateway_over(ScriptedFleet("uniform"))
         for path in ("/v1/imagenet", *(f"/v1/made-up-{number}" for number in range(50))):
             Client(path=path).ask(gateway)
-        text = gateway.metrics.exposition().decode()
+        text = gateway.exposition.text().decode()
         assert 'tidegate_requests_total{outcome="UNAVAILABLE",service="imagenet"} 1.0' in text
         assert 'tidegate_requests_total{outcome="INVALID",service="unknown"} 50.0' in text
         assert "made-up" not in text
@@ -509,6 +510,8 @@ def test_metrics_carry_every_outcome_and_only_known_names() -> None:
         {"header_timeout_s": 0.0},
         {"body_timeout_s": float("nan")},
         {"drain_s": -1.0},
+        {"uploads_mb": 0.5},
+        {"metrics_folder": Path("/nowhere/at all")},
         {"answer_timeout_s": 1e9},
     ],
 )

@@ -2,15 +2,21 @@
 
 import asyncio
 import os
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.dispatch import DispatchStatistics
-from gateway.fleet_metrics import LIVES_S, FleetMetrics, Values, merged
+from gateway.exposition import LIVES_S, Exposition, Values, merged
+from gateway.metrics import BUCKETS_S, GatewayMetrics
 from gateway.router import ServiceRouter
+from protocol.outcomes import OUTCOMES, Outcome
 from protocol.records import InstanceRecord, InstanceState, ServiceSpec
 
 
@@ -28,13 +34,16 @@ class Process:
             for one in "ab"
         ]  # fmt: skip
         self.router.set_instances(records, {"a", "b"})
-        self.metrics = FleetMetrics(id, lambda: [self.router], lambda: DispatchStatistics(self.ends, {}), folder)
+        self.metrics = GatewayMetrics()
+        self.exposition = Exposition(
+            id, self.metrics, lambda: [self.router], lambda: DispatchStatistics(self.ends, {}), folder
+        )
 
     def told(self) -> dict[tuple[str, ...], float]:
         """Every sample: (name, labels…) -> value."""
         return {
             (sample.name.removeprefix("tidegate_"), *sample.labels.values()): sample.value
-            for family in self.metrics.collect()
+            for family in self.exposition.collect()
             for sample in family.samples
         }
 
@@ -43,7 +52,7 @@ def share(process: Process) -> None:
     """What its loop does every second."""
 
     async def once() -> None:
-        async with process.metrics:
+        async with process.exposition:
             await asyncio.sleep(0)
 
     asyncio.run(once())
@@ -105,3 +114,47 @@ def test_merging_is_folding(choose: Callable[[float, float], float], expected: f
     parts: list[Values] = [{("a",): 2.0, ("b",): 7.0}, {("a",): 1.0}, {("a",): 3.0}]
     assert merged(choose, parts) == {("a",): expected, ("b",): 7.0}
     assert merged(choose, []) == {}
+
+
+def test_requests_are_counted_once_in_every_form(tmp_path: Path) -> None:
+    """Against prometheus-client's own counter and histogram, fed the same requests; two processes share them."""
+    rng = random.Random(4)
+    registry = CollectorRegistry()
+    requests = Counter("tidegate_requests", "Requests by outcome.", ["service", "outcome"], registry=registry)
+    about = "From the request's arrival to its answer, for answered requests."
+    seconds = Histogram("tidegate_request_seconds", about, ["service"], buckets=BUCKETS_S, registry=registry)
+    answers = Counter("tidegate_answers", "Answers by variant.", ["service", "variant"], registry=registry)
+    processes = [Process(id, tmp_path) for id in ("one", "two")]
+    for service in ("s", "t"):
+        for outcome in Outcome:
+            requests.labels(service, outcome.name)
+    for number in range(400):
+        service, outcome = rng.choice("st"), rng.choice(OUTCOMES)
+        variant = rng.choice(("heavy", "light")) if outcome in (Outcome.OK, Outcome.LATE) else None
+        took_s = rng.choice((*BUCKETS_S[:-1], rng.expovariate(5.0), 99.0)) if variant else None
+        processes[number % 2].metrics.count(service, outcome, took_s, variant)
+        requests.labels(service, outcome.name).inc()
+        if variant and took_s:
+            seconds.labels(service).observe(took_s)
+            answers.labels(service, variant).inc()
+    for process in processes:
+        share(process)
+
+    def samples(text: bytes) -> dict[tuple[object, ...], Any]:
+        return {
+            (sample.name, *sorted(sample.labels.items())): pytest.approx(sample.value)
+            for family in text_string_to_metric_families(text.decode())
+            for sample in family.samples
+            if "_created" not in sample.name
+        }
+
+    expected = samples(generate_latest(registry))
+    for process in processes:
+        told = samples(process.exposition.text())
+        assert {key: value for key, value in told.items() if key in expected} == expected
+        assert {str(key[0]) for key in told.keys() - expected.keys()} == {
+            "tidegate_instance_length",
+            "tidegate_instance_ready",
+            "tidegate_deadline_margin",
+        }
+        assert sum(sum(ends.values()) for ends in process.metrics.outcomes().values()) == process.metrics.ended == 200
