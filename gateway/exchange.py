@@ -61,7 +61,6 @@ class Exchange:
         "_continues",
         "_ended",
         "_gateway",
-        "_head_only",
         "_headers",
         "_held",
         "_id",
