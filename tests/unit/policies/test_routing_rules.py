@@ -1,5 +1,6 @@
 """The per-request rules, batching and expiry: what they must and must not choose, on plain lists."""
 
+import random
 from typing import Any
 
 import pytest
@@ -94,6 +95,37 @@ def test_deadline_trusts_an_idle_instance_only_with_room_to_spare() -> None:
 
 def test_deadline_spreads_ties_by_the_draw() -> None:
     assert {ask(deadline, draw=u / 8) for u in range(8)} == {0, 1}
+
+
+@given(st.integers(65, 400), st.integers(0, 399), st.floats(0.0, 0.999))
+def test_among_many_deadline_finds_the_one_that_fits(n: int, at: int, draw: float) -> None:
+    clear_s = [9.0] * n
+    clear_s[at % n] = 0.0
+    rank = [i % 3 for i in range(n)]
+    arrays = {"length": [1] * n, "capacity": [15] * n, "clear_s": clear_s, "service_s": [0.04] * n, "rank": rank}
+    assert ask(deadline, draw=draw, **arrays) == at % n
+
+
+@given(st.integers(65, 300), st.floats(0.0, 0.999), st.integers(0, 1000))
+def test_among_many_deadline_is_content_with_a_good_one(n: int, draw: float, seed: int) -> None:
+    """Variants in blocks, as sorted ids have them; against looking at all of them."""
+    rng = random.Random(seed)
+    heavies = rng.randrange(1, n)
+    rank = [0] * heavies + [1] * (n - heavies)
+    clear_s = [rng.uniform(0.0, 0.5) for _ in range(n)]
+    arrays = {"length": [1] * n, "capacity": [15] * n, "clear_s": clear_s, "service_s": [0.04] * n, "rank": rank}
+    chosen = ask(deadline, draw=draw, **arrays)
+    fits = [i for i in range(n) if clear_s[i] + 0.04 <= 0.3]
+    if fits:
+        assert chosen in fits
+        heavy = sorted(clear_s[i] for i in fits if rank[i] == 0)
+        if heavies < 8 and heavy:
+            assert clear_s[chosen] == heavy[0]
+        if len(heavy) > 100:
+            assert rank[chosen] == 0
+            assert clear_s[chosen] <= heavy[len(heavy) // 2]
+    else:
+        assert clear_s[chosen] == min(clear_s)
 
 
 @pytest.mark.parametrize(
