@@ -39,8 +39,10 @@ from tidegate.routing_live import Operator
 from tidegate.running import GatewayError
 
 if TYPE_CHECKING:
+    from policies.routing.learn import Learned
     from policies.routing.queueing_model import ArrivalModel, ServiceModel
 
+PATIENCE_S = 10.0
 NEEDED_ARRIVALS = 500
 """Fewer recorded arrivals than this say too little about a workload."""
 
@@ -130,24 +132,20 @@ def learn(
                 subject.service, subject.arrivals, out, minutes=minutes, promise=subject.promise, seed=seed,
                 threads=threads, with_survivors=survivors, command=shlex.join(["tidegate", *sys.argv[1:]]), report=tell,
             )  # fmt: skip
-        installed = False
+        installed = ""
         if source and not dry_run:
-            choice = RouterChoice(
-                router=found.winner, policy_file=str(found.artifact.resolve()) if found.winner == "learned-po" else ""
-            )
-            asyncio.run(_install(source, admin_token, str(subject.about["service"]), choice))
-            installed = True
+            installed = asyncio.run(_install(source, admin_token, str(subject.about["service"]), found))
     except (*WRONG, DeploymentError, VariantError, PayloadError, GatewayError, RecordError, OSError) as error:
         raise fail(error) from error
     if json_output:
         ranking = json.loads((out / "ranking.json").read_text())
-        print(json.dumps({**subject.about, "installed": installed, **ranking}))
+        print(json.dumps({**subject.about, "installed": installed or None, **ranking}))
         return
     print(f"winner: {found.winner} (trained {found.slots / 1e6:.2f} M slots; all scores in {out / 'ranking.json'})")
     for line in score_lines("", {r.router: r for r in found.results}):
         print(line)
     if source:
-        done = f"{subject.about['service']} is routed by {found.winner} now; tidegate routing rollback takes that back"
+        done = f"{subject.about['service']} is routed by {installed} (tidegate routing rollback takes a change back)"
         print(done if installed else "nothing was installed")
 
 
@@ -193,9 +191,19 @@ async def _measured(live: Live, workload: str, out: Path, tell: Any) -> Subject:
         "instances": list(found.ids),
         "service_ms": {name: round(1e3 * one.mean_s(1), 3) for name, one in profiles.items()},
     }
-    return Subject(service, arrivals_of(workload), 1.0 - spec.percentile, about)
+    return Subject(service, arrivals_of(workload), round(1.0 - spec.percentile, 9), about)
 
 
-async def _install(url: str, admin_token: str, service: str, choice: RouterChoice) -> None:
+async def _install(url: str, admin_token: str, service: str, found: "Learned") -> str:
+    """The best router that the system takes: one that it refuses (a single queue with several gateways) is passed."""
     async with Operator(url, admin_token) as gateway:
-        await gateway.use(service, choice, 10.0)
+        refused = ""
+        for router in (result.router for result in found.results):
+            file = str(found.artifact.resolve()) if router == "learned-po" else ""
+            try:
+                await gateway.use(service, RouterChoice(router=router, policy_file=file), PATIENCE_S)
+                return router
+            except GatewayError as error:
+                refused = str(error)
+                errors.print(f"{router} was not installed: {refused}", style="yellow", highlight=False, markup=False)
+    raise GatewayError(f"no router could be installed: {refused}")

@@ -47,7 +47,6 @@ class Figures:
 
     goodput_ratio: float
     violation_ratio: float
-    heavy_ratio: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,12 +163,10 @@ def live_figures(record: RunRecord, accuracy: dict[str, float], phase: str) -> F
         part &= record.phase == record.phase_names.index(phase)
     in_time = part & (record.outcome == Outcome.OK)
     gain = np.array([accuracy.get(variant, 0.0) for variant in record.variants] + [0.0])
-    answered = part & (record.rank >= 0)
     count = max(int(part.sum()), 1)
     return Figures(
         goodput_ratio=float(gain[record.variant[in_time]].sum()) / count,
         violation_ratio=1.0 - float(in_time.sum()) / count,
-        heavy_ratio=float((record.rank[answered] == 0).mean()) if answered.any() else 0.0,
     )
 
 
@@ -189,12 +186,12 @@ def _simulated(
     for number in range(repetitions):
         scores = evaluate(router, service, arrivals, slots=1, seed=seed + number, policy=policy).scores
         for name, s in scores.items():
-            found.setdefault(name, []).append(Figures(s.goodput_ratio, s.violation_ratio, s.heavy_ratio))
+            found.setdefault(name, []).append(Figures(s.goodput_ratio, s.violation_ratio))
     return found
 
 
 def _over(figures: Sequence[Figures], of: Any) -> Figures:
-    rows = np.array([[one.goodput_ratio, one.violation_ratio, one.heavy_ratio] for one in figures])
+    rows = np.array([[one.goodput_ratio, one.violation_ratio] for one in figures])
     return Figures(*(float(value) for value in of(rows, axis=0)))
 
 

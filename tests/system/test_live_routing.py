@@ -1,11 +1,15 @@
 """Routers of a running system: used, shadowed, rolled back, and kept to the instances that are there, under load."""
 
 import asyncio
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -217,13 +221,13 @@ def test_a_dead_workers_share_goes_to_the_policy_trained_for_those_left_else_it_
 
                     async def said(remark: str = remark) -> bool:
                         status = (await board.policy_statuses(["imagenet"])).get("imagenet")
-                        return status is not None and status.in_force and remark in status.reason
+                        return bool(status is not None and status.in_force and remark in status.reason)
 
                     await until(said, 5.0, f"nobody says that the policy for others acts: {statuses}")
 
                     async def whole() -> bool:
                         views = (await operator.service("imagenet"))["instances"]
-                        return sum(view["ready"] for view in views) == 4
+                        return bool(sum(view["ready"] for view in views) == 4)
 
                     await until(whole, 20.0, "the worker did not come back")
             after = await assert_conserved(system, session, restarted=("a", "d"))
@@ -233,3 +237,59 @@ def test_a_dead_workers_share_goes_to_the_policy_trained_for_those_left_else_it_
             await operator.use("imagenet", RouterChoice(router="deadline"), 10.0)
 
     asyncio.run(run())
+
+
+def _command(*arguments: str) -> dict[str, Any]:
+    """What a `tidegate routing` command prints as JSON."""
+    command = [sys.executable, "-m", "tidegate.main", "routing", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout)
+    return told
+
+
+@pytest.mark.slow
+def test_a_router_is_learned_from_the_running_system_and_installed(system: RunningSystem, tmp_path: Path) -> None:
+    options = ["--record-s", "1", "--measure-s", "2", "--minutes", "0.05", "--threads", "1", "--survivors"]
+
+    async def traffic() -> None:
+        async with client() as session, Operator(system.url) as operator:
+            await operator.use("imagenet", RouterChoice(router="uniform"), 10.0)
+            async with Load(session, f"{system.url}/v1/imagenet", 100.0):
+                await asyncio.sleep(6.0)
+
+    async def routed_by() -> str:
+        async with Operator(system.url) as operator:
+            return str((await operator.service("imagenet"))["routing_by"])
+
+    asyncio.run(traffic())
+    dry = _command("learn", "--from", system.url, "--dry-run", "--out", str(tmp_path / "dry"), *options)
+    assert dry["installed"] is None
+    assert asyncio.run(routed_by()) == "uniform"
+    told = _command("learn", "--from", system.url, "--out", str(tmp_path / "real"), *options)
+    assert told["service_ms"] == pytest.approx({H.variant: 43.0, L.variant: 11.5}, rel=0.1)
+    assert told["instances"] == [A, B, C, D]
+    assert told["winner"] == told["installed"] == asyncio.run(routed_by())
+    scores = {router: found["overall"] for router, found in told["results"].items()}
+    assert {"deadline", "threshold", "learned-po", "single-queue", "uniform"} <= scores.keys()
+    kept = {router: one["goodput_ratio"] for router, one in scores.items() if one["violation_ratio"] <= 0.02}
+    assert told["winner"] == max(kept, key=kept.__getitem__)
+    assert Path(told["artifact"]).with_suffix("").is_dir(), "the policies for one instance fewer lie beside it"
+
+    async def rolled_back() -> str:
+        async with Operator(system.url) as operator:
+            return (await operator.roll_back("imagenet", 10.0)).router
+
+    assert asyncio.run(rolled_back()) == "uniform"
+
+
+@pytest.mark.slow
+def test_a_short_live_run_is_what_the_simulator_says() -> None:
+    told = _command(
+        "sim-equals-live", "--workload", "poisson:100", "--duration-s", "15", "--routers", "uniform,deadline",
+        "--repetitions", "10",
+    )  # fmt: skip
+    for found in told["routers"]:
+        spread = found["spread"]["overall"]["goodput_ratio"]
+        assert abs(found["goodput_gap"]) < 0.02 + 3.0 * spread, found
+        assert abs(found["violation_gap"]) < 0.02 + 3.0 * found["spread"]["overall"]["violation_ratio"], found
