@@ -17,12 +17,13 @@ import numpy as np
 from policies.placement.actors import PRETRAINED, ArtifactError, LearnedPolicy, load_artifact
 from policies.placement.contract import FloatArray, PlacementPolicy, Slots
 from policies.placement.edge_network import EdgeNetwork
-from policies.placement.rules import Beam, Convention, Heuristic, RandomRule, Sequential
+from policies.placement.prices import PricedAgents, load_prices
+from policies.placement.rules import Beam, Convention, Heuristic, RandomRule, Sequential, TwoTier
 from policies.placement.workload import Load, draw_slots
 
-RULES = ("random", "heuristic", "convention", "sequential", "beam")
+RULES = ("random", "heuristic", "convention", "sequential", "two-tier", "beam")
 SOLVERS = ("exact", "exact-30ms")
-LEARNED = ("hisper", "hisper-sequential", "hisper-paper", "hasac", "happo")
+LEARNED = ("prices", "hisper", "hisper-sequential", "hisper-paper", "hasac", "happo")
 ALL = (*RULES, *SOLVERS, *LEARNED)
 
 
@@ -41,6 +42,8 @@ def build_policy(
         return Convention(network, load)
     if name == "sequential":
         return Sequential(network)
+    if name == "two-tier":
+        return TwoTier(network)
     if name == "beam":
         return Beam(network)
     if name in SOLVERS:
@@ -53,6 +56,8 @@ def build_policy(
         path = Path(name)
     else:
         raise ValueError(f"policy {name!r} is unknown; use one of {', '.join(ALL)}, all, or an artifact's path")
+    if _kind(path) == "prices":
+        return PricedAgents(network, load_prices(path, network, load.per_service * len(network.tables)), name)
     artifact = load_artifact(path, network)
     if not artifact.shared and int(artifact.settings["per_service"]) < load.per_service:
         raise ArtifactError(
@@ -60,6 +65,11 @@ def build_policy(
             f"{load.per_service}; use hisper-sequential or train with --set per_service={load.per_service}"
         )
     return LearnedPolicy(name, network, artifact, bool(artifact.settings["sequential"]))
+
+
+def _kind(path: Path) -> str:
+    file = path.with_suffix(".json")
+    return str(json.loads(file.read_text()).get("kind", "actors")) if file.exists() else "actors"
 
 
 def _artifact_path(artifacts: Path, name: str, agents: int) -> Path:

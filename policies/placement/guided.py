@@ -7,14 +7,8 @@ through a learned critic and the Gumbel-softmax. The actors are HISPER's (Fig. 2
 Guided actors (`guide` > 0) score an action by its own formula value plus guide x log-probability: an untrained one
 is the rule `heuristic` (blind) or `sequential`, and what training adds is what an action costs or gains the others.
 The softmax's temperature falls geometrically; serving takes the best score.
-
-`start` says what blind guided actors begin with: "" nothing, "convention" that rule's split, "prices" and
-"convention-prices" the prices of `prices.py`, learned from nothing or from that split. With prices the Q-function of
-Eq. 28 is value less price, and the actors are projected on exp(Q / temperature) by its cross-entropy: unlike the
-expected reward it also moves actions that the actor hardly ever takes.
 """
 
-import sys
 from pathlib import Path
 from typing import cast
 
@@ -28,7 +22,6 @@ from policies.placement.counterfactual import Later, with_others_answering, with
 from policies.placement.edge_network import EdgeNetwork, Options
 from policies.placement.networks import ActorShape, Parameters, actor_log_probs, actor_parameters
 from policies.placement.observation import Layout, observe
-from policies.placement.prices import LOSS, PricedAgents, PriceSettings, learn_prices
 from policies.placement.rules import Convention
 from policies.placement.training import Run, Settings, action_masks, actor_shape, artifact_of, save_artifact, score
 from policies.placement.workload import draw_slots
@@ -38,13 +31,6 @@ MAX_GRADIENT = 1.0
 FLOOR = -100.0
 # How much value a node owned by another agent has to offer at the start from `convention`.
 OWNED = 1.0
-
-
-STARTS = ("convention", "prices", "convention-prices")
-
-
-def _show_round(round_: int, reward: float) -> None:
-    print(f"prices, round {round_}: reward {reward:.4f} on the slots they are learned on", file=sys.stderr, flush=True)
 
 
 class GuidedTrainer:
@@ -63,37 +49,22 @@ class GuidedTrainer:
         for name, tensor in self.actors.items():
             if settings.guide > 0 and name.startswith("head"):
                 tensor.zero_()  # an untrained guided actor is exactly the rule that it starts from
-        self.priced: PricedAgents | None = None
-        if settings.start:
-            self._start()
+        if settings.start == "convention":
+            self._start_from_convention()
         for tensor in self.actors.values():
             tensor.requires_grad_(True)
         self.masks = cast(tuple[Tensor, Tensor, Tensor], action_masks(self.network, self.services, "cpu"))
         self.optimiser = torch.optim.Adam(list(self.actors.values()), lr=settings.actor_lr)
         self.rng = np.random.default_rng([settings.seed, 1])
 
-    def _start(self) -> None:
-        """Let the node head's bias keep every agent to the nodes that its start gives it."""
-        settings, network = self.settings, self.network
-        if settings.start not in STARTS:
-            raise ValueError(f"start is {settings.start!r}; use one of {', '.join(STARTS)} or nothing")
-        if settings.shared or settings.sequential or not settings.guide > 0:
-            raise ValueError(f"start={settings.start} needs blind guided actors of their own (shared=false, guide > 0)")
-        agents = range(len(self.services))
-        if settings.start == "convention":
-            owner = Convention(network, settings.load(), settings.seed, swaps=4000, slots=1000).owner
-            worth = np.where(owner == np.array(agents)[:, None], 0.0, -OWNED)
-        else:
-            soft = PriceSettings(rounds=settings.price_rounds, slots=settings.price_slots)
-            split = PriceSettings(rounds=6, slots=settings.price_slots, temperature=0.0, convention=True)
-            chosen = split if settings.start == "convention-prices" else soft
-            prices = learn_prices(network, settings.load(), chosen, settings.seed, _show_round)
-            self.priced = PricedAgents(network, prices)
-            slots = draw_slots(network, settings.load(), 64, np.random.default_rng([settings.seed, 2]))
-            scored = [self.priced.scores(slots, u) for u in agents]
-            worth = np.stack([np.where(o.feasible, s, -LOSS).max(axis=(1, 2)).mean(axis=0) for s, o in scored])
-            worth -= worth.max(axis=1, keepdims=True)
-        self.actors["head2.bias"][:, 0] = torch.as_tensor(worth / settings.guide)
+    def _start_from_convention(self) -> None:
+        """Let the node head's bias keep every agent to the nodes that `convention` gives it."""
+        if self.settings.shared or not self.settings.guide > 0:
+            raise ValueError("start=convention needs guided actors of their own (shared=false, guide above 0)")
+        owner = Convention(self.network, self.settings.load(), self.settings.seed, swaps=4000, slots=1000).owner
+        bias = self.actors["head2.bias"]
+        for agent in range(len(self.services)):
+            bias[agent, 0] = torch.as_tensor(np.where(owner == agent, 0.0, -OWNED / self.settings.guide))
 
     def run(self, run: Run, resume: bool = False) -> Parameters:
         """Train to the end (or the time limit) and write the artifact `actors`; returns the best actors."""
@@ -126,29 +97,12 @@ class GuidedTrainer:
             group["lr"] = self.settings.actor_lr * max(0.02, 1.0 - share)
         slots = draw_slots(self.network, self.settings.load(), self.settings.minibatch, self.rng)
         temperature, alpha = self.settings.temperature_at(share), self.settings.alpha_at(share)
-        if self.priced is not None:
-            loss, reward = self._project(slots, self.priced, temperature), 0.0
-        else:
-            loss, reward = (self._sequential if self.settings.sequential else self._blind)(slots, temperature, alpha)
+        loss, reward = (self._sequential if self.settings.sequential else self._blind)(slots, temperature, alpha)
         self.optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(list(self.actors.values()), MAX_GRADIENT)
         self.optimiser.step()
         return reward
-
-    def _project(self, slots: Slots, priced: PricedAgents, temperature: float) -> Tensor:
-        """Cross-entropy of blind actors against the softmax of value less price."""
-        state = self.network.start(slots)
-        scored = [priced.scores(slots, u) for u in range(slots.requests)]
-        seen = [observe(self.network, self.layout, state, slots, u, o) for u, (_, o) in enumerate(scored)]
-        log_probs = self._log_probs(torch.as_tensor(np.stack(seen), dtype=torch.float32))
-        loss = torch.zeros(())
-        for u, (scores, options) in enumerate(scored):
-            target = torch.softmax(torch.as_tensor(scores, dtype=torch.float32).flatten(1) / temperature, dim=1)
-            policy = self._joint(options, [p[u] for p in log_probs], temperature)
-            possible = torch.as_tensor(options.feasible.any(axis=(1, 2, 3)))
-            loss = loss - ((target * torch.log(policy + 1e-9)).sum(dim=1) * possible).mean()
-        return loss
 
     def _blind(self, slots: Slots, temperature: float, alpha: float) -> tuple[Tensor, float]:
         """Agents that see the state before the slot; the others' sampled actions are fixed for each one's value."""

@@ -11,11 +11,16 @@ answering the others as updated (Eq. 33's order); a falling temperature settles 
 nothing (every agent greedy, as `heuristic`) or from `convention`'s split.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file, save_file
 
+from policies.placement.actors import ArtifactError
 from policies.placement.contract import REJECT, FloatArray, IntArray, Slots
 from policies.placement.edge_network import ACCEPTED, EdgeNetwork, Options
 from policies.placement.rules import BLOCK, Convention
@@ -66,11 +71,9 @@ def _above(grid: FloatArray, values: FloatArray) -> IntArray:
 class PricedAgents:
     """`prices`: every agent takes its best formula value less its learned prices, blind to the others."""
 
-    name = "prices"
-
-    def __init__(self, network: EdgeNetwork, prices: Prices) -> None:
-        """Keep both."""
-        self.network, self.prices = network, prices
+    def __init__(self, network: EdgeNetwork, prices: Prices, name: str = "prices") -> None:
+        """Keep them."""
+        self.network, self.prices, self.name = network, prices, name
 
     def scores(self, slots: Slots, u: int) -> tuple[FloatArray, Options]:
         """(E, C, M, K) values less prices of request u before anything is placed, IMPOSSIBLE where it cannot run."""
@@ -94,6 +97,32 @@ def _best(scores: FloatArray) -> IntArray:
     placements = np.stack(np.unravel_index(best, scores.shape[1:]), axis=1).astype(np.int64)
     placements[flat[np.arange(len(flat)), best] <= IMPOSSIBLE / 2] = REJECT
     return placements
+
+
+def save_prices(path: Path, prices: Prices, network: EdgeNetwork, text: Mapping[str, Any]) -> None:
+    """Write `path`.safetensors (tables) and `path`.json (what they were learned for, and `text`)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.astype(np.float32) for k, v in asdict(prices).items()}, path.with_suffix(".safetensors"))
+    fits = {"kind": "prices", "services": [t.name for t in network.tables], "nodes": network.nodes}
+    path.with_suffix(".json").write_text(json.dumps({**fits, **text}) + "\n")
+
+
+def load_prices(path: Path, network: EdgeNetwork, requests: int) -> Prices:
+    """Read what `save_prices` wrote. Raises ArtifactError where it does not fit network or number of requests."""
+    try:
+        text = json.loads(path.with_suffix(".json").read_text())
+        tables = {k: v.astype(np.float64) for k, v in load_file(path.with_suffix(".safetensors")).items()}
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read: {error}; learn prices with --preset prices") from error
+    wanted = ("prices", [t.name for t in network.tables], network.nodes)
+    if (text.get("kind"), text.get("services"), text.get("nodes")) != wanted:
+        raise ArtifactError(f"{path}: not prices for services {wanted[1]} on {wanted[2]} nodes")
+    if tables["waiting"].shape[0] != requests:
+        raise ArtifactError(
+            f"{path}: learned for {tables['waiting'].shape[0]} requests per slot, asked for {requests}; "
+            "train with --preset prices --set per_service=..."
+        )
+    return Prices(**tables)
 
 
 @dataclass(frozen=True)
@@ -120,9 +149,9 @@ def learn_prices(
     load: Load,
     settings: PriceSettings,
     seed: int = 0,
-    progress: Callable[[int, float], None] = lambda round_, reward: None,
+    progress: Callable[[int, Prices], None] = lambda round_, prices: None,
 ) -> Prices:
-    """Learn the prices of blind agents for slots of this load; `progress` gets each round's training reward."""
+    """Learn the prices of blind agents for slots of this load; `progress` gets the prices after each round."""
     rng = np.random.default_rng([seed, 7])
     slots = draw_slots(network, load, settings.slots, rng)
     agents, nodes = slots.requests, network.nodes
@@ -145,7 +174,7 @@ def learn_prices(
                 if temperature > 0:
                     scores = scores + temperature * rng.gumbel(size=scores.shape)
                 placements[block, u] = _best(scores)
-        progress(round_, float(network.evaluate(slots, placements).reward.mean()))
+        progress(round_, prices)
     return prices
 
 

@@ -2,10 +2,11 @@
 
 `random` and `heuristic` are Huang's comparison algorithms (Section VI-C). `convention` is the bar for agents that
 cannot see each other: every agent owns a share of the nodes and is greedy within it. `sequential` is greedy in
-arrival order and sees what was placed before; `beam` keeps several such partial placements and looks ahead.
+arrival order and sees what was placed before; `beam` keeps several such partial placements and looks ahead;
+`two-tier` does so for one service after the other.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -231,6 +232,42 @@ class Beam:
         state = NodeState(old.waiting_tflop[parent], old.memory_used_mb[parent], old.deployed[parent])
         network.place(state, slot.take(np.zeros(len(keep), dtype=np.int64)), u, chosen)
         return _Beam(state, placements, beam.score[parent] + own.ravel()[keep])
+
+
+class TwoTier:
+    """`two-tier`: one agent per service allots all of its service's requests (the paper's other future work).
+
+    The services' agents act in turn: each searches its own requests' joint placement by `beam`, seeing the nodes as
+    the agents before it leave them and nothing of the services after it.
+    """
+
+    name = "two-tier"
+
+    def __init__(self, network: EdgeNetwork, width: int = 4) -> None:
+        """Keep the network; `width` is the agents' beam."""
+        self.network, self.beam = network, Beam(network, width)
+
+    def decide(self, slots: Slots, rng: np.random.Generator) -> IntArray:
+        """Placements (E, U, 3), slot by slot."""
+        return np.stack([self.decide_one(slots.take(slice(e, e + 1))) for e in range(slots.slots)])
+
+    def decide_one(self, slot: Slots) -> IntArray:
+        """Placements (U, 3) of one slot (E = 1)."""
+        state = self.network.start(slot)
+        placements = np.full((slot.requests, 3), REJECT, dtype=np.int64)
+        for service in np.unique(slot.service[slot.service != ABSENT]):
+            mine = slot.service == service
+            part = replace(
+                slot,
+                service=np.where(mine, service, ABSENT),
+                system_tflop=state.waiting_tflop.copy(),
+                memory_used_mb=state.memory_used_mb.copy(),
+                deployed=state.deployed.copy(),
+            )
+            placements[mine[0]] = self.beam.decide_one(part)[mine[0]]
+            for u in np.flatnonzero(mine[0]):
+                self.network.place(state, slot, int(u), placements[None, u])
+        return placements
 
 
 def _optimistic_rest(later: FloatArray, waiting_s: FloatArray, node: IntArray, added_s: FloatArray) -> FloatArray:

@@ -5,6 +5,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from policies.placement.guided import train_guided
 from policies.placement.happo import train_happo
 from policies.placement.hasac import hasac_settings
 from policies.placement.hisper import train_soft
+from policies.placement.price_training import train_prices
 from policies.placement.training import Settings, with_overrides
 
 _GUIDED = Settings(
@@ -44,6 +46,9 @@ PRESETS: dict[str, Settings] = {
     "hisper-annealed": Settings(alpha_end=0.02),
     "hisper": _BLIND,
     "hisper-10": replace(_BLIND, per_service=5),
+    "prices": Settings(algorithm="prices", start="convention"),
+    "prices-10": Settings(algorithm="prices", start="convention", per_service=5),
+    "prices-from-nothing": Settings(algorithm="prices", price_rounds=50),
     "hisper-sequential": replace(
         _GUIDED, shared=True, sequential=True, temperature=0.02, temperature_end=0.002, actor_lr=3e-4, steps=600_000
     ),
@@ -59,7 +64,13 @@ def preset(name: str) -> Settings:
 
 def train(settings: Settings, folder: Path, resume: bool = False) -> None:
     """Train by the settings' algorithm. Raises ValueError for an unknown one."""
-    trainers = {"hisper": train_soft, "hasac": train_soft, "happo": train_happo, "guided": train_guided}
+    trainers: dict[str, Callable[[Settings, Path, bool], object]] = {
+        "hisper": train_soft,
+        "hasac": train_soft,
+        "happo": train_happo,
+        "guided": train_guided,
+        "prices": train_prices,
+    }
     if settings.algorithm not in trainers:
         raise ValueError(f"algorithm {settings.algorithm!r} is unknown; use one of {', '.join(trainers)}")
     trainers[settings.algorithm](settings, folder, resume)

@@ -74,8 +74,8 @@ class Settings:
     sampled: bool = False  # draw actions also when serving, instead of taking the likeliest
     sequential: bool = False  # agents see the nodes' state updated by those before them
     guide: float = 0.0  # weight of the log-probabilities beside the formula values; 0: they decide alone
-    start: str = ""  # what guided actors begin with: see `guided.py`
-    price_rounds: int = 40
+    start: str = ""  # `convention`: guided actors and prices begin as that rule
+    price_rounds: int = 12
     price_slots: int = 3_000
     temperature: float = 0.1  # of the guided softmax while training, at the start
     temperature_end: float = 0.01  # and at the end (geometric)

@@ -369,7 +369,7 @@ def test_presets_and_overrides() -> None:
     assert (paper.alpha, paper.environments, paper.prefill, paper.steps) == (2.0, 20, 90_000, 600_000)
     assert (paper.actor_lr, paper.critic_lr) == (2e-4, 5e-4)
     assert preset("hisper-paper-10").alpha == 2.5
-    assert {s.algorithm for s in PRESETS.values()} == {"hisper", "hasac", "happo", "guided"}
+    assert {s.algorithm for s in PRESETS.values()} == {"hisper", "hasac", "happo", "guided", "prices"}
     assert with_overrides(paper, {"hra": "false", "steps": "10"}) == replace(paper, hra=False, steps=10)
     for wrong, says in (({"stepz": "1"}, "unknown"), ({"steps": "many"}, "type int"), ({"steps": "0"}, "at least 1")):
         with pytest.raises(ValueError, match=says):

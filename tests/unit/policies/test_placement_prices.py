@@ -1,16 +1,21 @@
 """Learned prices against played-out slots, and what they are good for."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from policies.placement.actors import ArtifactError
 from policies.placement.counterfactual import with_others_fixed
 from policies.placement.edge_network import EdgeNetwork
+from policies.placement.evaluate import build_policy
 from policies.placement.graph import eua16
-from policies.placement.prices import LOSS, PricedAgents, Prices, PriceSettings, learn_prices
+from policies.placement.price_training import train_prices
+from policies.placement.prices import LOSS, PricedAgents, Prices, PriceSettings, learn_prices, load_prices
 from policies.placement.rules import Convention, Heuristic
 from policies.placement.tables import shipped_tables
+from policies.placement.training import Settings
 from policies.placement.workload import Load, draw_slots
 
 NETWORK = EdgeNetwork(eua16(), shipped_tables())
@@ -97,3 +102,22 @@ def test_agents_stay_blind_and_a_price_is_never_a_gain(prices: Prices) -> None:
 def test_the_temperature_falls_and_ends_at_zero() -> None:
     settings = PriceSettings(rounds=5, last=2, temperature=0.4, temperature_end=0.1)
     assert [settings.temperature_at(r) for r in range(5)] == pytest.approx([0.4, 0.2, 0.1, 0.0, 0.0])
+
+
+def test_training_writes_an_artifact_that_decides_the_same(tmp_path: Path) -> None:
+    settings = Settings(algorithm="prices", per_service=2, price_slots=100, price_rounds=2, evaluation_slots=10)
+    learned = train_prices(settings, tmp_path)
+    policy = build_policy(f"{tmp_path}/actors", NETWORK, LOAD)
+    slots = draw_slots(NETWORK, LOAD, 30, np.random.default_rng(1))
+    rng = np.random.default_rng(0)
+    same = policy.decide(slots, rng) == PricedAgents(NETWORK, learned).decide(slots, rng)
+    assert same.mean() > 0.99  # half a millionth of rounding in the file may tip a tie
+    assert len((tmp_path / "curve.jsonl").read_text().splitlines()) == 2
+    with pytest.raises(ArtifactError, match=r"learned for 4 requests per slot, asked for 6"):
+        build_policy(f"{tmp_path}/actors", NETWORK, Load(per_service=3))
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        load_prices(tmp_path / "missing", NETWORK, 4)
+    with pytest.raises(ValueError, match="without --resume"):
+        train_prices(settings, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="start is"):
+        train_prices(replace(settings, start="soft"), tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from policies.placement.contract import ABSENT, REJECT, PlacementPolicy, Slots
 from policies.placement.edge_network import ACCEPTED, EdgeNetwork
 from policies.placement.graph import eua16
-from policies.placement.rules import Beam, Convention, Heuristic, RandomRule, Sequential, node_values
+from policies.placement.rules import Beam, Convention, Heuristic, RandomRule, Sequential, TwoTier, node_values
 from policies.placement.tables import shipped_tables
 from policies.placement.workload import Load, draw_slots
 
@@ -20,6 +20,7 @@ POLICIES: list[PlacementPolicy] = [
     Heuristic(NETWORK),
     Convention(NETWORK, Load()),
     Sequential(NETWORK),
+    TwoTier(NETWORK),
     Beam(NETWORK),
 ]
 
@@ -84,6 +85,19 @@ def test_sequential_never_places_what_would_fail() -> None:
 def test_a_wider_beam_is_no_worse_on_average_and_beats_greedy() -> None:
     greedy, narrow, wide = reward(Sequential(NETWORK)), reward(Beam(NETWORK, 4)), reward(Beam(NETWORK, 64))
     assert greedy < narrow <= wide
+
+
+def test_a_services_agent_sees_earlier_services_and_nothing_of_later_ones() -> None:
+    few, policy = SLOTS.take(slice(0, 5)), TwoTier(NETWORK)
+    later = Slots(*(getattr(few, name).copy() for name in Slots.__slots__))
+    later.data_mb[:, 4:] = 5.0
+    before, after = policy.decide(few, RNG), policy.decide(later, RNG)
+    assert (before[:, :4] == after[:, :4]).all()
+    alone = Slots(*(getattr(few, name).copy() for name in Slots.__slots__))
+    alone.service[:, :4] = ABSENT
+    assert (policy.decide(alone, RNG)[:, 4:] != before[:, 4:]).any()  # the first service's work is seen
+    one = few.columns(0, 4)  # a single service: two tiers are one beam
+    np.testing.assert_array_equal(policy.decide(one, RNG), Beam(NETWORK, 4).decide(one, RNG))
 
 
 def test_absent_requests_are_left_alone() -> None:
