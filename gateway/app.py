@@ -42,6 +42,8 @@ class TidegateApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI entry point."""
+        if scope.get("method") == "HEAD":  # answered as GET is; the connection leaves the body out
+            scope = {**scope, "method": "GET"}
         if scope["type"] == "http" and f"{scope['path']}/".startswith("/v2/"):
             await self._open_inference(scope, receive, send)
         else:
@@ -131,6 +133,8 @@ def build_api(gateway: Gateway) -> FastAPI:
             raise HTTPException(400, fault)
         for name, spec in deployment.services.items():
             await _check_router(gateway, spec.router, f"services.{name}.")
+        known = gateway.fleet.deployment  # the version is ours to give, also to a board that has lost its memory
+        deployment = msgspec.structs.replace(deployment, version=known.version if known is not None else 0)
         return _json(await _reached(gateway.fleet.board.put_deployment(deployment)))
 
     @api.put(
@@ -207,7 +211,10 @@ def build_api(gateway: Gateway) -> FastAPI:
     @api.exception_handler(AnyHTTPException)
     async def as_error(request: Request, error: AnyHTTPException) -> JSONResponse:
         code = "UNAVAILABLE" if error.status_code == 503 else "INVALID"
-        return JSONResponse({"error": error.detail, "code": code}, error.status_code, error.headers)
+        said = error.detail
+        if said in ("Not Found", "Method Not Allowed"):
+            said = f"{said.lower()}: {request.method} {request.url.path[:200]}; /docs tells what there is"
+        return JSONResponse({"error": said, "code": code}, error.status_code, error.headers)
 
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:

@@ -12,6 +12,7 @@ instances = [{ variant = "digits_heavy" }]
 [scheduler]                             # -> SchedulerSettings
 """
 
+import math
 import re
 import tomllib
 from collections.abc import Iterable
@@ -25,6 +26,7 @@ from protocol.records import ONE_GATEWAY_ROUTERS, Deployment, InstanceSpec, Serv
 
 T = TypeVar("T")
 _DEVICE = re.compile(r"cpu|(cuda|tensorrt)(:\d{1,3})?")
+MOST_INSTANCES = 256
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 
@@ -115,6 +117,8 @@ def few_of(names: Iterable[str], most: int = 10) -> list[str]:
 
 def check_deployment(deployment: Deployment) -> str:
     """Empty if the parts fit together, else what is wrong: the key, its value and what would be right."""
+    if not 1 <= len(deployment.name) <= 64 or not deployment.name.isprintable():
+        return f"name = {deployment.name[:64]!r}: must be 1 to 64 printable characters"
     if not deployment.services:
         return "services is empty: name at least one, as [services.NAME]"
     if not deployment.workers:
@@ -136,6 +140,8 @@ def check_deployment(deployment: Deployment) -> str:
             return f"{where}.max_body_bytes = {spec.max_body_bytes}: must be from 1 to {64 << 20}"
         if not 1 <= spec.top_k <= 100:
             return f"{where}.top_k = {spec.top_k}: must be from 1 to 100"
+        if not all(0 <= rate < math.inf for rate in spec.phase_rates):
+            return f"{where}.phase_rates = {list(spec.phase_rates)}: requests/s in each phase, none below 0"
     if fault := _check_places(deployment):
         return fault
     seen: set[str] = set()
@@ -150,8 +156,10 @@ def check_deployment(deployment: Deployment) -> str:
         seen.add(worker.name)
         if not _DEVICE.fullmatch(worker.device):
             return f"{where}.device = {worker.device!r}: must be cpu, cuda or tensorrt (cuda:1 is the second GPU)"
-        if worker.threads < 1:
-            return f"{where}.threads = {worker.threads}: must be at least 1"
+        if not 1 <= worker.threads <= 1024:
+            return f"{where}.threads = {worker.threads}: must be from 1 to 1024"
+        if len(worker.instances) > MOST_INSTANCES:
+            return f"{where}: {len(worker.instances)} instances: at most {MOST_INSTANCES} on one worker; add workers"
         if worker.memory_mb is not None and not worker.memory_mb > 0:
             return f"{where}.memory_mb = {worker.memory_mb}: must be above 0, or left out for no limit"
         for instance in worker.instances:

@@ -73,6 +73,8 @@ async def _load_until_loaded(instance: Instance, host: Host, loading: Loading, e
         try:
             # One load at a time: the next one has to see what memory this one takes.
             async with host.loading:
+                if instance.unwanted.is_set():  # while it waited for its turn
+                    break
                 enter(InstanceState.LOADING, failed_of)
                 runtime = await asyncio.to_thread(_open, instance, host, loading)
                 enter(InstanceState.WARMING, failed_of)

@@ -54,6 +54,15 @@ def test_the_index_leads_on() -> None:
     assert (status, headers["location"]) == (307, "/docs"), "a browser"
 
 
+def test_head_is_answered_as_get_is_and_what_is_not_there_leads_to_the_document() -> None:
+    for path in ("/", "/healthz", "/readyz", "/state", "/metrics", "/docs", "/v2", "/v2/health/live"):
+        assert ask(path, "HEAD")[0] == ask(path)[0] != 405, path
+    for path, method, status in (("/v3", "GET", 404), ("/state", "DELETE", 405)):
+        got, _, body = ask(path, method)
+        assert got == status
+        assert f"{method} {path}; /docs tells" in json.loads(body)["error"]
+
+
 def references(part: Any) -> Iterator[str]:
     """Every $ref below."""
     if isinstance(part, dict):

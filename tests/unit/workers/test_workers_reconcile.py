@@ -167,6 +167,28 @@ def test_a_failed_load_is_said_and_tried_again(
     assert "mine" in warned[0].__dict__["reason"]
 
 
+def test_what_is_no_longer_wanted_is_not_loaded_in_its_turn(bench: Bench, eventually: Any, tmp_path: Path) -> None:
+    """One load at a time: of fifty that wait, those that were taken back meanwhile never begin."""
+    begun: set[str] = set()
+
+    def on_change() -> None:
+        begun.update(one.id for one in bench.host.instances.values() if one.state is InstanceState.WARMING)
+
+    async def scenario() -> None:
+        reconciler = Reconciler("w", bench.host, Loading((tmp_path,)), on_change, drain_s=0.0)
+        async with bench.host.loading:  # somebody else is at it
+            reconciler.follow(deployment(*[NULL] * 50))
+            await asyncio.sleep(0)
+            assert len(bench.host.instances) == 50
+            reconciler.follow(deployment(NULL, version=2))
+        await eventually(lambda: list(bench.host.instances) == ["w/null"])
+        await eventually(lambda: bench.host.instances["w/null"].state is InstanceState.READY)
+        await reconciler.end()
+
+    asyncio.run(scenario())
+    assert begun == {"w/null"}
+
+
 def table(valid_for_s: float, **limits: tuple[int, int]) -> Table:
     """A table of the service `things`."""
     return Table(
