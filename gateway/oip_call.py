@@ -244,6 +244,8 @@ def _one_input(model: Model, tensor: InputRecord | None, inputs: list[InputGiven
 
 def _checked(model: Model, given: InferGiven) -> list[OutputAsked]:
     known = model.outputs()
+    if len({one.name for one in given.outputs or []}) < len(given.outputs or []):
+        raise invalid("an output is asked for more than once")
     for one in given.outputs or []:
         if one.name not in known:
             raise invalid(f"unknown output {one.name[:80]!r}: model {model.name!r} gives {', '.join(known)}")

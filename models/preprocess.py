@@ -148,6 +148,11 @@ def _tensor(payload: bytes, variant: Variant) -> Tensor:
     if len(payload) != expected:
         shape = f"{list(variant.input.shape)} {variant.input.dtype}"
         raise InvalidInput(f"the tensor has {len(payload)} bytes: {shape} needs {expected}")
+    values: Tensor
     if half:
-        return np.frombuffer(payload, dtype=np.float16).reshape(variant.input.shape)
-    return np.frombuffer(payload, dtype=np.float32).reshape(variant.input.shape)
+        values = np.frombuffer(payload, dtype=np.float16).reshape(variant.input.shape)
+    else:
+        values = np.frombuffer(payload, dtype=np.float32).reshape(variant.input.shape)
+    if not np.isfinite(values).all():
+        raise InvalidInput("the tensor has values that are not finite numbers")
+    return values

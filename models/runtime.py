@@ -198,11 +198,17 @@ def check_resizer(variant: Variant) -> None:
 
 
 def to_answers(outputs: npt.NDArray[np.floating], variant: Variant) -> list[Answer]:
-    """One answer per row of `outputs` [batch, classes]; logits go through a softmax."""
+    """One answer per row of `outputs` [batch, classes]; logits go through a softmax.
+
+    Raises `ValueError` if a score is not a finite number: the model broke down, and no class can be named.
+    """
     rows = outputs.reshape(len(outputs), -1).astype(np.float32)
     if variant.output == "logits":
-        rows = np.exp(rows - rows.max(axis=1, keepdims=True))
+        with np.errstate(invalid="ignore"):
+            rows = np.exp(rows - rows.max(axis=1, keepdims=True))
         rows /= rows.sum(axis=1, keepdims=True)
+    if not np.isfinite(rows).all():
+        raise ValueError(f"{variant.name} gave scores that are not finite numbers")
     return [Answer(scores=row) for row in rows]
 
 

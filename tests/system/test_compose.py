@@ -300,9 +300,9 @@ def test_the_files_own_commands_serve_requests(
             check=True,
         )
         (results,) = json.loads(done.stdout)["results"].values()
-        assert results["overall"]["requests"] > 20
-        assert results["overall"]["violation_ratio"] < 0.1
         state = json.loads(fetch(f"{url}/state"))
+        assert results["overall"]["requests"] > 20
+        assert results["overall"]["violation_ratio"] < 0.1, (results["overall"], state, os.getloadavg())
         assert state["outcomes"][service]["OK"] > 20
         assert state["arrived"] == sum(sum(ends.values()) for ends in state["outcomes"].values())
         assert b'"ready":true' in fetch(f"{url}/v2/models/{service}/ready")

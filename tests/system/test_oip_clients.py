@@ -220,6 +220,13 @@ MALFORMED = [
     (gzip.compress(bytes(200 << 20)), {"content_encoding": "gzip"}, "unfolds to more than 1000000 bytes"),
     (zlib.compress(b'{"inputs": []}')[:-3], {"content_encoding": "deflate"}, "cut short"),
     (b"", {"inference_header_content_length": "0"}, "the body is empty"),
+    (
+        b'{"inputs": [{"name": "image", "datatype": "BYTES", "shape": [1], "data": ["x"]}], "outputs": ['
+        + b'{"name": "scores"},' * 20_000
+        + b'{"name": "scores"}]}',
+        {},
+        "asked for more than once",
+    ),
 ]
 
 
@@ -233,6 +240,16 @@ def test_malformed_requests_get_400_and_the_reason(
     assert words in json.loads(answer)["error"]
     assert system.resident_mb("gateway-0") - before_mb < 20.0
     assert post(system, "/v2/models/digits/infer", picture(), content_type="image/jpeg")[0] == 200
+
+
+def test_tensors_that_break_the_model_down_are_answered_with_the_reason(system: RunningSystem) -> None:
+    """Not a number, and numbers so large that the network overflows: JSON has no word for the scores."""
+    shape = load_catalog()["digits_light"].input.shape
+    for value, status, words in ((np.nan, 400, "not finite"), (np.inf, 400, "not finite"), (3e38, 500, "not finite")):
+        body = np.full(shape, value, np.float32).tobytes()
+        found, _, answer = post(system, "/v2/models/digits_light/infer", body, inference_header_content_length="0")
+        assert found == status
+        assert words in json.loads(answer)["error"]
 
 
 def test_the_rest_calls_of_kserve(system: RunningSystem) -> None:

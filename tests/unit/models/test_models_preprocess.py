@@ -147,6 +147,10 @@ def test_a_tensor_body_is_taken_as_it_is_and_checked(name: str) -> None:
     assert np.array_equal(got, values)
     with pytest.raises(InvalidInput, match="needs"):
         prepare(values.tobytes()[1:], TENSOR_CONTENT_TYPE, variant(name))
+    for wrong in (np.nan, np.inf):
+        values[1, 2, 3] = wrong
+        with pytest.raises(InvalidInput, match="not finite"):
+            prepare(values.tobytes(), TENSOR_CONTENT_TYPE, variant(name))
 
 
 def test_an_image_for_a_half_precision_input_is_half_precision() -> None:

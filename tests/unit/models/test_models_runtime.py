@@ -147,6 +147,16 @@ def test_probabilities_are_passed_on_unchanged(tmp_path: Path) -> None:
         runtime.execute([Prepared(label=1)])
 
 
+@pytest.mark.parametrize("output", ["logits", "probabilities"])
+@pytest.mark.filterwarnings("error")
+def test_scores_that_are_no_numbers_are_a_failure_of_the_model(tmp_path: Path, output: str) -> None:
+    save_linear(tmp_path, np.full((60, 3), 3e38, dtype=np.float32))
+    (tmp_path / "mine.toml").write_text(f'output = "{output}"\n' + ENTRY)
+    runtime = open_runtime(read_variant(tmp_path / "mine.toml"))
+    with pytest.raises(ValueError, match="mine gave scores that are not finite"):
+        runtime.execute([Prepared(tensor=np.full((3, 4, 5), 3e38, dtype=np.float32))])
+
+
 @pytest.mark.parametrize(
     ("old", "new", "key", "remedy"),
     [
