@@ -83,20 +83,16 @@ def service_ms(record: RunRecord) -> dict[str, float]:
 
 
 def changed_speed(records: Mapping[str, RunRecord]) -> str:
-    """Return which variant took how much longer in one run than in another, where each should take the same in all.
+    """Return which variant took how much longer in one run than in another; empty if none did by `SPEED_CHANGE`.
 
-    Empty if none did by more than `SPEED_CHANGE`. Only for runs without batches whose instances share the machine in
-    the same way.
+    Where instances share the machine in the same way in all runs, and without batches, the machine is the cause.
     """
     times = {name: service_ms(record) for name, record in records.items()}
     for variant in sorted({variant for found in times.values() for variant in found}):
         took = {name: found[variant] for name, found in times.items() if variant in found}
         least, most = min(took, key=took.__getitem__), max(took, key=took.__getitem__)
         if took[most] > SPEED_CHANGE * took[least]:
-            return (
-                f"not comparable: this machine changed its speed; {variant} took {took[least]:.1f} ms with {least} and"
-                f" {took[most]:.1f} ms with {most} (medians). End other programs, and run again"
-            )
+            return f"{variant} took {took[least]:.1f} ms with {least} and {took[most]:.1f} ms with {most} (medians)"
     return ""
 
 

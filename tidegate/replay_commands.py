@@ -16,7 +16,7 @@ from loadgen.console import live_progress, print_results
 from loadgen.figures import RouterRun
 from loadgen.payloads import PayloadError, PayloadSet, parse_payloads
 from loadgen.report import write_report
-from loadgen.score import details, not_comparable
+from loadgen.score import changed_speed, details, not_comparable
 from loadgen.sender import SendOptions, run_on_uvloop
 from loadgen.traces import Trace, TraceError, parse_workload
 from protocol.deployment import did_you_mean
@@ -193,10 +193,13 @@ async def _compare(plan: Plan) -> tuple[bool, dict[str, str]]:
         "Payload": payloads.description,
         "Seed": str(plan.seed),
     }
-    warning = not_comparable({run.name: run.record for run in runs})
+    records = {run.name: run.record for run in runs}
+    warning = not_comparable(records)
     further = {"left_out": left_out} if plan.routers else {}
     title = f"{service} under {plan.workload}"
     tell(runs, trace, facts, requirement_ms, plan.report, plan.as_json, title, warning, further)
+    if changed := changed_speed(records):
+        _warn(f"note: {changed}: batches, instances that slow each other, or other programs on this machine")
     for router, why in left_out.items():
         _warn(f"{router} was left out: {why}")
     return stop.is_set(), left_out
