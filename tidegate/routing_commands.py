@@ -2,7 +2,14 @@
 
 import typer
 
-from tidegate import routing_learning, routing_live, routing_scoring, routing_sim_equals_live, routing_training
+from tidegate import (
+    routing_figures,
+    routing_learning,
+    routing_live,
+    routing_scoring,
+    routing_sim_equals_live,
+    routing_training,
+)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,3 +27,4 @@ app.command("use")(routing_live.use)
 app.command("shadow")(routing_live.shadow)
 app.command("rollback")(routing_live.rollback)
 app.command("sim-equals-live")(routing_sim_equals_live.sim_equals_live)
+app.add_typer(routing_figures.app, name="figures")

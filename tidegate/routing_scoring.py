@@ -85,13 +85,17 @@ def _shipped(router: str, workload: str) -> Path | None:
 
 def bench(
     seconds: Annotated[float, typer.Option(help="CPU time per measurement")] = 2.0,
+    training: Annotated[
+        int, typer.Option(help="measure the training of learned-po with this many threads instead", min=0)
+    ] = 0,
     json_output: AsJson = False,
 ) -> None:
     """Measure the simulator (arrivals per second of one core) and the cost of a routing decision in plain Python."""
-    from policies.routing.benchmark import measure
+    from policies.routing.benchmark import measure, training_speed
 
     with errors.status("measuring"):
-        found: dict[str, Any] = {"machine": platform.processor() or platform.machine(), **measure(seconds)}
+        figures = training_speed("learned-po", training, 8) if training else measure(seconds)
+        found: dict[str, Any] = {"machine": platform.processor() or platform.machine(), **figures}
     if json_output:
         print(json.dumps(found))
         return

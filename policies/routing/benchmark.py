@@ -1,6 +1,7 @@
 """How fast routing is: simulated arrivals per second of one core, and nanoseconds per decision in plain Python."""
 
 import random
+import resource
 import time
 from collections.abc import Callable
 from timeit import timeit
@@ -12,6 +13,9 @@ from policies.routing.presets import paper_service
 from policies.routing.queueing_model import ARRIVED, build, paper_arrivals
 from policies.routing.rules import deadline
 from policies.routing.simulator import run_rule, run_tables
+
+SIZES = (4, 16, 64, 256)
+"""Numbers of instances at which decisions are measured."""
 
 
 def measure(seconds: float) -> dict[str, float]:
@@ -25,11 +29,9 @@ def measure(seconds: float) -> dict[str, float]:
             lambda system, state, until: run_rule(system, state, "deadline", until), seconds
         ),
     }
-    for n in (4, 16, 64, 256):
+    found |= {f"draw_{method}_{n}_ns": ns for method, costs in draw_costs(seconds).items() for n, ns in costs.items()}
+    for n in SIZES:
         rng = random.Random(n)
-        weights = [rng.random() for _ in range(n)]
-        for name, draw in (("bisection", by_bisection(weights)), ("alias", by_alias(weights))):
-            found[f"draw_{name}_{n}_ns"] = _nanoseconds(lambda draw=draw: draw(0.6180339), seconds)  # type: ignore[misc]
         arrays = ([rng.randrange(4) for _ in range(n)], [15] * n, [rng.random() * 0.1 for _ in range(n)], [0.02] * n)
         rank, margin = [i % 2 for i in range(n)], [0.5]
         length, capacity, clear_s, service_s = arrays
@@ -40,6 +42,35 @@ def measure(seconds: float) -> dict[str, float]:
             seconds,
         )
     return found
+
+
+def draw_costs(seconds: float) -> dict[str, dict[int, float]]:
+    """Nanoseconds per draw from a table, by method and number of instances."""
+    found: dict[str, dict[int, float]] = {"bisection": {}, "alias": {}}
+    for n in SIZES:
+        rng = random.Random(n)
+        weights = [rng.random() for _ in range(n)]
+        for method, draw in (("bisection", by_bisection(weights)), ("alias", by_alias(weights))):
+            found[method][n] = _nanoseconds(lambda draw=draw: draw(0.6180339), seconds)  # type: ignore[misc]
+    return found
+
+
+def training_speed(policy: str, threads: int, updates: int) -> dict[str, float]:
+    """Slots per second of a training with preset `paper`, updates included: the median after a first one, which
+    compiles; `peak_gb` is the process's memory at its largest."""
+    from policies.routing.ppo import Progress, Trainer
+    from policies.routing.presets import preset
+    from policies.routing.train import paper_task
+
+    trainer = Trainer(paper_task(policy, "paper"), preset("paper"), 1, threads)
+    speeds: list[float] = []
+
+    def after(progress: Progress) -> None:
+        speeds.append(progress.slots_per_s)
+
+    trainer.run((updates + 1) * trainer.preset.slots_per_update, after)
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    return {"threads": threads, "slots_per_s": float(np.median(speeds[1:])), "peak_gb": peak_gb}
 
 
 def _arrivals_per_s(run: Callable[..., None], seconds: float) -> float:
