@@ -384,8 +384,10 @@ class Dispatcher:
         else:
             now_s = time.monotonic()
             status = reply.status
-            one_s = reply.service_s / reply.batch if reply.batch else 0.0
-            router.answered(target, now_s, status.length, status.backlog_s, one_s)
+            service_s = reply.service_s if reply.batch else 0.0
+            router.answered(
+                target, now_s, status.length, status.backlog_s, service_s, reply.batch, status.batch, status.elapsed_s
+            )
             if router.bounces:
                 served = attempt is Attempt.OK or attempt is Attempt.LATE
                 router.learn(sent.predicted_s, now_s - sent.sent_s if served else float("inf"), sent.budget_s)

@@ -13,6 +13,7 @@ from typing import Final
 
 import msgspec
 
+from gateway.batch_forecast import BatchForecast
 from policies.routing.contract import HOLD, REJECT, Rule
 from policies.routing.draw import cumulative
 from policies.routing.estimation import arrive, depart, learn_margin, learn_service, new_margin
@@ -85,6 +86,7 @@ class ServiceRouter:
         self.routable = 0
         self.margin = new_margin(1.0 - spec.percentile)
         self._first_margin = self.margin[0]
+        self.batches: BatchForecast | None = None  # only while an instance batches by `deadline`'s choice
         self._by_id: dict[str, Target] = {}
         self._table: Table | None = None
         self._table_sums: list[float] = []
@@ -106,6 +108,7 @@ class ServiceRouter:
             self.margin = new_margin(1.0 - spec.percentile)
             self._first_margin = self.margin[0]
         self.spec = spec
+        self._requirement_s = spec.requirement_ms / 1e3
         self.uses_tables = spec.router in TABLE_ROUTERS
         self.wants_phase = spec.router in PHASE_ROUTERS
         self.expires = spec.expire or spec.router == "heavy-expire"
@@ -158,6 +161,9 @@ class ServiceRouter:
             self.service_s.append(service_s)
             self.capacity.append(capacity.get(target.id, 0))
             self.rank.append(order.get(target.record.variant, len(order)))
+        times_s = [target.record.batch_s if self.bounces else None for target in targets]
+        batching = any(one is not None for one in times_s)
+        self.batches = BatchForecast(times_s, self.service_s, self.length) if batching else None
         self._count()
         self._read_table()
 
@@ -176,12 +182,14 @@ class ServiceRouter:
                 self.clear_s[index] = 0.0
                 # While it loaded nobody knew its service time; its worker's own measurement is the best there is now.
                 self.service_s[index] = record.service_s or self.service_s[index]
+                if self.batches is not None:
+                    self.batches.added_s[index] = self.service_s[index]
             else:
                 self.capacity[index] = record.capacity
         self._count()
         if self.margin[0] == self._first_margin:  # nothing learned yet: start as these instances' service times ask
             longest_s = max((self.service_s[i] for i, places in enumerate(self.capacity) if places > 0), default=1e9)
-            self.margin = new_margin(1.0 - self.spec.percentile, longest_s / (self.spec.requirement_ms / 1e3))
+            self.margin = new_margin(1.0 - self.spec.percentile, longest_s / self._requirement_s)
             self._first_margin = self.margin[0]
 
     def close(self, target: Target) -> None:
@@ -258,29 +266,47 @@ class ServiceRouter:
                 for target, places in zip(self.targets, capacity, strict=True)
             ]
             rule = RULES["deadline"]
-        index = rule(now_s, budget_s, draw, self.length, capacity, self.clear_s, self.service_s, self.rank, self.margin)
+        added_s = self.service_s if self.batches is None else self.batches.added_s
+        index = rule(now_s, budget_s, draw, self.length, capacity, self.clear_s, added_s, self.rank, self.margin)
         return self.targets[index] if index >= 0 else index
 
     def sent(self, target: Target, now_s: float) -> float:
         """A request goes to `target`: its predicted sojourn in seconds."""
         target.in_flight += 1
         index = target.index
-        arrive(now_s, index, self.length, self.clear_s, self.service_s)
+        if self.batches is None:
+            arrive(now_s, index, self.length, self.clear_s, self.service_s)
+        else:
+            self.batches.sent(
+                index, now_s, self._requirement_s, self.margin[0], self.length, self.clear_s, self.service_s
+            )
         return self.clear_s[index] - now_s
 
-    def answered(self, target: Target, now_s: float, length: int, backlog_s: float, service_s: float) -> None:
+    def answered(
+        self, target: Target, now_s: float, length: int, backlog_s: float, service_s: float, served: int = 1,
+        batch: int = 0, elapsed_s: float = 0.0,
+    ) -> None:  # fmt: skip
         """A reply came from `target`, which then held `length` requests on a device busy for `backlog_s`.
 
-        `service_s`: what one request took in service, 0.0 if this one was not served. What other gateways sent is
-        in the reply's figures; what this one sent and the worker had not yet seen is in `in_flight`.
+        `service_s`: what this one and those it was served with (`served` in all) took in service, 0.0 if it was not
+        served. `batch`: in service now, since elapsed_s. What other gateways sent is in the reply's figures; what
+        this one sent and the worker had not yet seen is in `in_flight`.
         """
         target.in_flight -= 1
         index = target.index
         if index < 0:
             return
         if service_s > 0.0:
-            learn_service(index, service_s, self.service_s, SERVICE_LEARNING_RATE)
-        depart(now_s, index, max(length, target.in_flight), self.length, self.clear_s, self.service_s)
+            times = served if self.batches is None else self.batches.times(index, served)
+            learn_service(index, service_s / times, self.service_s, SERVICE_LEARNING_RATE)
+        remaining = max(length, target.in_flight)
+        if self.batches is None:
+            depart(now_s, index, remaining, self.length, self.clear_s, self.service_s)
+        else:
+            self.batches.answered(
+                index, now_s, self._requirement_s, self.margin[0], remaining, batch, elapsed_s,
+                self.length, self.clear_s, self.service_s,
+            )  # fmt: skip
         if now_s + backlog_s > self.clear_s[index]:
             self.clear_s[index] = now_s + backlog_s
 

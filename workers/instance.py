@@ -15,6 +15,7 @@ import msgspec
 
 from models.preprocess import Prepared
 from models.runtime import EmulatedRuntime, Runtime
+from policies.routing.rules import largest_batch
 from protocol.outcomes import Attempt
 from protocol.records import (
     BOUNCE,
@@ -95,6 +96,7 @@ class Instance:
         self.reason = ""  # why it FAILED
         self.runtime: Runtime | None = None  # set while loaded
         self.queue = BoundedQueue(spec.capacity, *spec.batch)
+        self.has_chosen = False  # the batch limits are those that `deadline` asked for
         self.times = ServiceTimes()
         self.queue_time = Histogram()
         self.service_time = Histogram()
@@ -114,12 +116,38 @@ class Instance:
     def admit(self, request: Request, backlog_s: float) -> Attempt | None:
         """Decide on arrival; None when admitted. `backlog_s`: what the device holds already."""
         queue, times = self.queue, self.times
+        if request.bounce and self.batches_by_choice:
+            own_s = self._choose_batch(request)
+            return queue.arrive(request, request.arrived_s + backlog_s, own_s, times.least_s)
+        if self.has_chosen:
+            self.has_chosen = False
+            queue.set_batch_limits(*self.spec.batch)
         if queue.maximum == 1:
             own_s = times.mean_s(1)
         else:
             limits = queue.minimum, queue.maximum
             own_s = max(0.0, times.drain_s(queue.not_started + 1, *limits) - times.drain_s(queue.not_started, *limits))
         return queue.arrive(request, request.arrived_s + backlog_s, own_s, times.least_s)
+
+    @property
+    def batches_by_choice(self) -> bool:
+        """Whether `deadline` may choose how many it serves together: the deployment allows 1 and more than 1."""
+        return self.spec.batch[0] == 1 and self.spec.batch[1] > 1
+
+    def batch_s(self) -> tuple[float, float, float]:
+        """Expected times of batches of 1, 3 and 5; a size that the deployment forbids saves nothing."""
+        one_s = self.times.mean_s(1)
+        three_s, five_s = (self.times.mean_s(k) if k <= self.spec.batch[1] else k * one_s for k in (3, 5))
+        return one_s, three_s, five_s
+
+    def _choose_batch(self, request: Request) -> float:
+        """Sets the largest batch as the request's gateway forecasts it; what the request adds if that is full."""
+        queue, times = self.queue, self.times
+        largest = largest_batch(*self.batch_s(), queue.length + 1, request.asked.budget_s, request.asked.margin)
+        queue.set_batch_limits(1, largest)
+        self.has_chosen = True
+        waiting = queue.not_started
+        return (waiting // largest + 1) * times.mean_s(largest) - times.drain_s(waiting, 1, largest)
 
     def backlog_s(self, now_s: float) -> float:
         """Predicted device time that this instance's requests still need; a service over its time counts as ending."""
@@ -162,6 +190,7 @@ class Instance:
             reason=self.reason,
             input=InputRecord(variant.input.name, variant.input.shape, variant.input.dtype) if variant else None,
             classes=variant.classes if variant else 0,
+            batch_s=self.batch_s() if self.batches_by_choice and self.times.mean_s(1) > 0.0 else None,
         )
 
     def statistics(self) -> InstanceStatistics:

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 
+from gateway.router import ServiceRouter, Target
 from policies.routing import estimation
 from policies.routing.presets import PAPER_KINDS
 from policies.routing.queueing_model import ServiceModel, build, trace_arrivals
 from policies.routing.randomness import STREAMS
 from policies.routing.rules import batch_size, deadline, largest_batch
 from policies.routing.simulator import run_rule
+from protocol.records import InstanceRecord, InstanceState, ServiceSpec
 
 FACTOR = {1: 1.0, 3: 2.2, 5: 3.4}
 BUDGET_S = 0.3
@@ -50,9 +52,39 @@ class LiveGateway:
         )  # fmt: skip
 
 
-def live(times: list[float], draws: list[float], margin: float) -> list[tuple[int, float]]:
+class RealGateway(LiveGateway):
+    """The same through the gateway's own `ServiceRouter`, told by registrations and replies."""
+
+    def __init__(self, margin: float) -> None:
+        super().__init__(margin)
+        spec = ServiceSpec(variants=tuple(dict.fromkeys(k.variant for k in PAPER_KINDS)), requirement_ms=300.0)
+        self.router = ServiceRouter("imagenet", spec)
+        records = [
+            InstanceRecord(
+                id=f"{i}/{k.variant}", worker=str(i), address="here", service="imagenet", variant=k.variant,
+                capacity=k.capacity, state=InstanceState.READY, epoch="1", service_s=k.service_s,
+                batch_s=(k.service_s, FACTOR[3] * k.service_s, FACTOR[5] * k.service_s),
+            )
+            for i, k in enumerate(PAPER_KINDS)
+        ]  # fmt: skip
+        self.router.set_instances(records, {"here"})
+        self.router.margin = self.margin
+
+    def route(self, now_s: float, draw: float) -> int:
+        target = self.router.route(now_s, BUDGET_S, draw)
+        assert isinstance(target, Target)
+        return target.index
+
+    def sent(self, now_s: float, i: int) -> float:
+        return self.router.sent(self.router.targets[i], now_s)
+
+    def told(self, now_s: float, i: int, length: int, batch: int, left_s: float) -> None:
+        elapsed_s = FACTOR[batch] * self.service_s[i] - left_s if batch else 0.0
+        self.router.answered(self.router.targets[i], now_s, length, 0.0, 0.0, 0, batch, elapsed_s)
+
+
+def live(times: list[float], draws: list[float], gateway: LiveGateway) -> list[tuple[int, float]]:
     """(instance, finish) per request of one gateway and its workers, event by event."""
-    gateway = LiveGateway(margin)
     n = len(PAPER_KINDS)
     line: list[list[tuple[int, float]]] = [[] for _ in range(n)]  # waiting: request and foreseen sojourn
     service: list[list[tuple[int, float]]] = [[] for _ in range(n)]
@@ -107,8 +139,9 @@ def uniform_draws(seed: int, count: int) -> list[float]:
     return found
 
 
+@pytest.mark.parametrize("world", [LiveGateway, RealGateway])
 @pytest.mark.parametrize(("margin", "rate"), [(1.0, 180.0), (0.6, 230.0), (0.3, 330.0)])
-def test_deadline_batches_alike_in_both_worlds(margin: float, rate: float) -> None:
+def test_deadline_batches_alike_in_both_worlds(margin: float, rate: float, world: type[LiveGateway]) -> None:
     rng = np.random.default_rng(8)
     gaps = np.concatenate([rng.exponential(1 / rate, 3000), rng.exponential(1 / 10, 300), rng.exponential(1 / 60, 600)])
     times = np.cumsum(gaps)
@@ -117,7 +150,7 @@ def test_deadline_batches_alike_in_both_worlds(margin: float, rate: float) -> No
         batching=True, choose_limits=True, margin=margin, learn_trust=True, log=len(times),
     )  # fmt: skip
     run_rule(system, state, "deadline", times[-1] + 100.0)
-    expected = live(times.tolist(), uniform_draws(21, len(times)), margin)
+    expected = live(times.tolist(), uniform_draws(21, len(times)), world(margin))
     assert np.array_equal(state.log[:, 0], [i for i, _ in expected])
     assert np.allclose(state.log[:, 1], [t for _, t in expected], rtol=0, atol=1e-9, equal_nan=True)
     shared = len(times) - len(np.unique(state.log[:, 1]))
