@@ -47,7 +47,9 @@ def test_batches_of_the_shipped_router(tmp_path: Path) -> None:
 def test_latencies_of_rules(tmp_path: Path) -> None:
     page = tmp_path / "latencies.html"
     table = run("latencies", "--routers", "light-only,deadline", "--slots", "2000", "--out", str(page))
-    assert table.splitlines()[2].split()[:2] == ["light-only", "77.69"]
+    name, goodput, *_ = table.splitlines()[2].split()
+    assert name == "light-only"
+    assert abs(float(goodput) - 77.69) < 0.1
     assert "Fig. 3" in page.read_text()
 
 
