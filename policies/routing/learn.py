@@ -97,20 +97,23 @@ def train_for(
 ) -> tuple[Path, int]:
     """Train `learned-po` for about `minutes` and write it as the artifact `name`; its path and the slots of training.
 
-    The learning rate falls as far as the time allows: after the first updates the length of the run is set to what the
-    machine will manage. report(progress, share of the time spent) is called after every update.
+    The time counts from the first update on. The learning rate falls as far as it allows: after some updates the length
+    of the run is set to what the machine will manage. report(progress, share of the time) is called after each.
     """
     chosen = settings or preset("quick")
     trainer = Trainer(
         Task(LEARNED, service, trainable(arrivals), workload="learned from the system"), chosen, seed, threads
     )
-    began_s = time.monotonic()
+    began_s, began_slots = 0.0, 0
 
     def after(progress: Progress) -> None:
+        nonlocal began_s, began_slots
+        if progress.update == 1:  # the first update compiles, which a later run need not
+            began_s, began_slots = time.monotonic(), progress.slots
         spent = (time.monotonic() - began_s) / (60.0 * minutes)
         if progress.update == 3 and spent > 0.0:
-            planned = min(chosen.slots, max(int(progress.slots / spent), progress.slots))
-            trainer.preset = replace(chosen, slots=planned)
+            planned = began_slots + int((progress.slots - began_slots) / spent)
+            trainer.preset = replace(chosen, slots=min(chosen.slots, max(planned, progress.slots)))
         if report is not None:
             report(progress, min(max(spent, progress.slots / trainer.preset.slots), 1.0))
         if spent >= 1.0 or progress.slots >= trainer.preset.slots:
