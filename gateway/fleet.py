@@ -38,7 +38,7 @@ PHASES: Final = {b"bursty": 0, b"normal": 1}
 """The header X-Tidegate-Phase, in the order of Tan's Eq. 12."""
 GREETING_S: Final = 1.0
 FORGET_AFTER_S: Final = 5.0
-"""An instance that is off the board but still connected is kept this long: the board may have lost its memory.
+"""An instance that is off the board but still answers is kept this long: the board may have lost its memory.
 
 One that had said that it was draining has ended in order, and is forgotten at once."""
 
@@ -198,6 +198,8 @@ class Fleet:
             alive = peer is not None and peer.up and record.state is not InstanceState.DRAINING
             if now_s - seen_s > (FORGET_AFTER_S if alive else 0.0):
                 del self._records[one], self._seen_s[one]
+            elif seen_s < now_s and record.address in self._epochs and self._greetings[record.address].done():
+                self._greet(self.peers[record.address])  # is it the board that has forgotten, or the worker that hangs?
         await self._keep_links({record.address for record in self._records.values()})
         self._looked = True
         self._spread()
@@ -239,18 +241,22 @@ class Fleet:
             self._spread()
 
     def _greet(self, peer: Peer) -> None:
-        """Asks a worker which start of it this is; it gets requests once that is known."""
+        """Asks a worker which start of it this is; it gets requests once that is known, while it goes on to answer."""
         if (greeting := self._greetings.pop(peer.address, None)) is not None:
             greeting.cancel()
         self._greetings[peer.address] = asyncio.create_task(self._meet(peer), name=f"greet {peer.address}")
 
     async def _meet(self, peer: Peer) -> None:
+        request_id = 0
         try:
             async with asyncio.timeout(GREETING_S):
-                _, future = peer.request(Kind.STATUS_REQUEST)
+                request_id, future = peer.request(Kind.STATUS_REQUEST)
                 status = msgspec.msgpack.decode((await future).meta, type=WorkerStatus)
         except (LinkClosed, TimeoutError, msgspec.MsgspecError) as error:
-            log.warning("the worker at %s does not say who it is: %s", peer.address, error)
+            log.warning("the worker at %s does not say who it is: %s", peer.address, error or "no answer")
+            peer.cancel(request_id)
+            if peer.address in self._epochs:  # it did before: whoever waits for it may still be answered elsewhere
+                peer.cut(f"the worker at {peer.address} hangs")
             return
         self._epochs[peer.address] = status.epoch
         self._spread()

@@ -166,6 +166,12 @@ class Connection(asyncio.Protocol):
         self._transport.write(encode_head(Kind.GOODBYE, 0, meta, 0))
         self._transport.close()
 
+    def abort(self, reason: str) -> None:
+        """Ends the connection at once: no goodbye, no wait for the other side to take what is still to be sent."""
+        if not self.closed and self._transport is not None:
+            self.close_reason = self.close_reason or reason
+            self._transport.abort()
+
 
 _ANSWERS = frozenset({Kind.REPLY, Kind.STATUS})
 

@@ -64,6 +64,11 @@ class Peer:
             with contextlib.suppress(LinkClosed):
                 connection.send(Kind.CANCEL, request_id)
 
+    def cut(self, reason: str) -> None:
+        """Ends the connection at once; what awaits a reply on it is lost. `run` connects again."""
+        if self._connection is not None:
+            self._connection.abort(reason)
+
     async def run(self) -> None:
         """Connect, wait until lost, pause, again; until cancelled. Closes the connection on the way out."""
         pause_s = FIRST_PAUSE_S

@@ -333,3 +333,47 @@ def test_everything_at_once_is_conserved(system: RunningSystem) -> None:
             await until(whole, 20.0, f"only {ready} of 4 instances came back")
 
     asyncio.run(run())
+
+
+def test_a_worker_that_hangs_costs_its_requests_seconds_not_half_a_minute(system: RunningSystem) -> None:
+    """It is stopped, not killed: its link stays up and takes requests, but nothing comes back."""
+
+    async def run() -> None:
+        async with client() as session:
+            before = await assert_conserved(system, session)
+            hung = system.pid("worker-a")
+            async with Load(session, f"{system.url}/v1/imagenet", 60.0, deadline_ms=300.0) as load:
+                await asyncio.sleep(0.3)
+                os.kill(hung, signal.SIGSTOP)
+                try:
+
+                    async def noticed() -> bool:
+                        views = (await system.state(session))["services"]["imagenet"]["instances"]
+                        return not any(view["ready"] for view in views if view["id"].startswith("a/"))
+
+                    await until(noticed, 15.0, "a worker that hangs is still routed to")
+                    await asyncio.sleep(0.5)
+                    assert (await system.state(session))["in_flight"] <= 15, "nobody waits for it any more"
+                finally:
+                    os.kill(hung, signal.SIGCONT)
+                await asyncio.sleep(0.5)
+            assert all(sent.answers == 1 for sent in load.sent)
+            assert max(sent.ended_s - sent.at_s for sent in load.sent) < 12.0
+            unserved = len(load.sent) - load.statuses()[200]
+            assert unserved <= 2 * 15, "at most what it had taken, and what its absence made late"
+
+            async def back() -> bool:
+                views = (await system.state(session))["services"]["imagenet"]["instances"]
+                return bool(sum(view["ready"] for view in views) == 4)
+
+            await until(back, 15.0, "it did not come back")
+            await until(lambda: _rest(system, session), 10.0, "requests are left over")
+            after = await system.state(session)
+            ended = sum(_difference(before, after).values())
+            assert ended == len(load.sent) == after["arrived"] - before["arrived"]
+
+    asyncio.run(run())
+
+
+async def _rest(system: RunningSystem, session: aiohttp.ClientSession) -> bool:
+    return bool((await system.state(session))["in_flight"] == 0)

@@ -12,9 +12,10 @@ from gateway.fleet import Fleet
 from gateway.router import Target
 from protocol.board import Board
 from protocol.frames import Frame, Kind
-from protocol.link import Connection, serve
+from protocol.link import Connection, LinkClosed, serve
 from protocol.records import (
     Deployment,
+    Infer,
     InstanceRecord,
     InstanceSpec,
     InstanceState,
@@ -214,6 +215,38 @@ def test_a_board_that_goes_away_or_forgets_takes_nobody_along(tmp_path: Path) ->
         board.away = True
         await asyncio.sleep(0)
         assert routable(fleet)
+        await worker.stop()
+
+    run(body)
+
+
+@pytest.mark.parametrize("hangs", [True, False])
+def test_a_worker_that_hangs_is_cut_off_and_one_that_the_board_forgot_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool
+) -> None:
+    """Both are off the board; what waits at the one that hangs learns at once that no answer will come."""
+    monkeypatch.setattr("gateway.fleet.GREETING_S", 0.05)
+
+    async def body(fleet: Fleet, board: FakeBoard) -> None:
+        worker = await FakeWorker(tmp_path, "1").start()
+        board.records = [worker.record("1")]
+        await fleet.settle(5.0)
+        await board.news(b"instances")
+        await until(lambda: routable(fleet))
+        peer = next(iter(fleet.peers.values()))
+        _, waiting = peer.request(Kind.INFER, Infer("w/light", 1.0))
+        worker._mute, board.records = hangs, []
+        await board.news(b"instances")
+        await until(lambda: all(greeting.done() for greeting in fleet._greetings.values()))
+        await asyncio.sleep(0)
+        if hangs:
+            with pytest.raises(LinkClosed, match="hangs"):
+                await waiting
+            await until(lambda: not routable(fleet))
+        else:
+            assert routable(fleet)
+            assert not waiting.done()
+            assert peer.in_flight == 1
         await worker.stop()
 
     run(body)
