@@ -162,12 +162,13 @@ def robustness(
                 best = None if r.best is None else r.best.goodput_ratio
                 about = {"law": law, "cv": cv, "gateways": 1, "best_margin": r.best_margin, "best_goodput": best}
                 rows.append({**about, **r.learned.as_dict()})
-        for cv in (0.0, 0.3, 0.5, 1.0):
-            for gateways in (2, 4, 8):
-                for bounce in (False, True):
-                    r = measure.several_gateways(cv, gateways, bounce, slots=slots, seed=seed)
-                    about = {"law": "gamma", "cv": cv, "gateways": gateways, "bounce": bounce}
-                    rows.append({**about, **r.learned.as_dict()})
+        for law, variations in (("gamma", (0.0, 0.1, 0.3, 0.5, 1.0)), ("lognormal", (0.5, 1.0))):
+            for cv in variations:
+                for gateways in (2, 4, 8):
+                    for bounce in (False, True):
+                        r = measure.several_gateways(law, cv, gateways, bounce, slots=slots, seed=seed)
+                        about = {"law": law, "cv": cv, "gateways": gateways, "bounce": bounce}
+                        rows.append({**about, **r.learned.as_dict()})
         batches: list[dict[str, Any]] = []
         for scale in (1.0, 1.25, 1.5):
             for cv in (0.0, 0.1, 0.3, 0.5, 1.0):

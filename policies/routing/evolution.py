@@ -5,6 +5,7 @@ goodput does not care. Each generation tries `PAIRS` random directions both ways
 times (Salimans et al. 2017, antithetic pairs), over all `SCENARIOS`, and steps with Adam.
 
     python -m policies.routing.evolution --minutes 9 --out runs/request
+    python -m policies.routing.evolution --compare policies/pretrained/routing-learned-request.json
 """
 
 import argparse
@@ -16,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from policies.routing.contract import FloatArray
-from policies.routing.per_request import WEIGHTS, first_weights, save_weights
+from policies.routing.per_request import WEIGHTS, first_weights, load_weights, save_weights
 from policies.routing.presets import paper_service
-from policies.routing.queueing_model import PERIODIC, ArrivalModel, build
+from policies.routing.queueing_model import PERIODIC, ArrivalModel, build, paper_arrivals
 from policies.routing.scores import Scores, scores_of
 from policies.routing.simulator import run_rule
 
@@ -48,6 +49,18 @@ SCENARIOS = (
     Scenario("gamma", 0.3, batching=True),
     Scenario("gamma", 1.0, batching=True),
 )
+
+
+UNSEEN = (
+    Scenario("deterministic", 0.0),
+    Scenario("lognormal", 0.5),
+    Scenario("gamma", 0.5, gateways=2),
+    Scenario("gamma", 0.0, gateways=8),
+    Scenario("gamma", 0.5, gateways=8),
+    Scenario("deterministic", 0.0, batching=True),
+    Scenario("gamma", 0.5, gateways=4, batching=True),
+)
+"""Scenarios that training never met."""
 
 
 def short_cycles() -> ArrivalModel:
@@ -90,6 +103,28 @@ def fitness(weights: FloatArray | None, seed: int, duration_s: float = 260.0) ->
         s = trial(scenario, short_cycles(), environments=4, duration_s=duration_s, seed=seed, weights=weights)
         total += s.goodput_ratio - 10.0 * max(0.0, s.violation_ratio - PROMISE)
     return total / len(SCENARIOS)
+
+
+def compare(weights: FloatArray, slots: int, seed: int) -> list[tuple[Scenario, Scores, Scores]]:
+    """(scenario, `deadline`, `learned-request`) on the paper's workload, both on the same traces."""
+    found = []
+    for scenario in SCENARIOS + UNSEEN:
+        deadline, learned = (
+            trial(scenario, paper_arrivals(), environments=8, duration_s=slots / 8.0, seed=seed, weights=w)
+            for w in (None, weights)
+        )
+        found.append((scenario, deadline, learned))
+    return found
+
+
+def print_comparison(weights: FloatArray, slots: int, seed: int) -> None:
+    """Prints `compare` as a table: goodput and violations 50:50, percent."""
+    print("law            cv  gateways  batches    deadline         learned-request")
+    for s, rule, learned in compare(weights, slots, seed):
+        line = f"{s.law:14s}{s.cv:4.1f}{s.gateways:8d}  {'yes' if s.batching else 'no':>7s}"
+        for one in (rule, learned):
+            line += f"   {100 * one.goodput_ratio:6.2f} ({100 * one.violation_ratio:5.2f})"
+        print(line + ("" if s in SCENARIOS else "   not trained on"), flush=True)
 
 
 def steps() -> FloatArray:
@@ -154,8 +189,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=9.0, help="time to spend")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=0.03, help="step of Adam, in units of each weight's scale")
-    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint.json and weights.json")
+    parser.add_argument("--out", type=Path, default=None, help="folder for checkpoint.json and weights.json")
+    parser.add_argument("--compare", type=Path, default=None, help="only compare these weights with deadline")
+    parser.add_argument("--slots", type=int, default=100_000, help="slots per scenario of --compare")
     options = parser.parse_args()
+    if options.compare is not None:
+        print_comparison(load_weights(options.compare), options.slots, options.seed)
+        return
+    if options.out is None:
+        parser.error("--out FOLDER (to train) or --compare WEIGHTS is needed")
     search = Evolution(options.seed)
     checkpoint = options.out / "checkpoint.json"
     if checkpoint.exists():

@@ -59,10 +59,10 @@ def variable_service(law: str, cv: float, *, slots: int, seed: int) -> Row:
     return Row(law, cv, 1, False, score(service, slots=slots, seed=seed), best, fixed[best])
 
 
-def several_gateways(cv: float, gateways: int, bounce: bool, *, slots: int, seed: int) -> Row:
+def several_gateways(law: str, cv: float, gateways: int, bounce: bool, *, slots: int, seed: int) -> Row:
     """Gateways with views up to 50 ms old, with or without the workers' bounce."""
-    service = replace(paper_service(), law="gamma", cv=cv)
-    return Row("gamma", cv, gateways, bounce, score(service, slots=slots, seed=seed, gateways=gateways, bounce=bounce))
+    service = replace(paper_service(), law=law, cv=cv)
+    return Row(law, cv, gateways, bounce, score(service, slots=slots, seed=seed, gateways=gateways, bounce=bounce))
 
 
 def batches(rate_scale: float, cv: float, *, slots: int, seed: int) -> tuple[Scores, Scores]:
