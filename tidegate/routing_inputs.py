@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from loadgen.traces import TraceError, parse_workload
 from policies.routing.contract import RoutingError
+from protocol.records import InstanceSpec
+from tidegate.deployed_service import service_model
 
 # The simulator needs numba, which serving machines do without: what needs it is imported by the functions that do.
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ ProfileFile = Annotated[
     Path | None, typer.Option("--profile", help="profile file (tidegate models profile) instead of the paper's service")
 ]
 Instances = Annotated[str, typer.Option(help="with --profile: VARIANT=COUNT,..., heaviest variant first")]
+DEFAULT_CAPACITY = InstanceSpec(variant="").capacity
 RequirementMs = Annotated[float, typer.Option(help="latency requirement")]
 
 
@@ -64,29 +67,20 @@ def arrivals_of(workload: str) -> "ArrivalModel":
 
 def service_of(profile: Path | None, instances: str, requirement_s: float) -> "ServiceModel":
     """The paper's service, or one of profiled variants with their quantile grids."""
-    from policies.routing.contract import BATCH_SIZES, InstanceKind
     from policies.routing.presets import paper_service
-    from policies.routing.queueing_model import ServiceModel
 
     if profile is None:
         return paper_service(requirement_s)
     from models.profiles import read_profiles
 
     known = {p.variant: p for p in read_profiles(profile)}
-    kinds, grids = [], []
+    chosen = []
     for rank, part in enumerate(instances.split(",")):
         name, _, count = part.partition("=")
         if name not in known or not count.isdigit() or int(count) < 1:
             raise RoutingError(f"instances = {instances!r}: write VARIANT=COUNT,... with variants of {sorted(known)}")
-        found = known[name]
-        largest = found.times[-1].batch_size
-        grid = np.stack([found.grid_s(min(b, largest)) for b in BATCH_SIZES])
-        accuracy = found.accuracy.value
-        if accuracy is None:
-            raise RoutingError(f"profile of {name} has no accuracy: routing needs one to weigh variants")
-        kinds += [InstanceKind(name, rank, float(grid[0].mean()), float(accuracy))] * int(count)
-        grids += [grid] * int(count)
-    return ServiceModel(tuple(kinds), requirement_s=requirement_s, law="empirical", quantiles_s=np.stack(grids))
+        chosen += [(known[name], rank, DEFAULT_CAPACITY)] * int(count)
+    return service_model(chosen, requirement_s)
 
 
 def score_lines(workload: str, results: "dict[str, Result]") -> list[str]:
