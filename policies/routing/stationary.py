@@ -52,14 +52,15 @@ def best_heavy_share(
 ) -> float:
     """The largest heavy share, on a grid of `step` below 1, whose violation ratio is at most the promise.
 
-    Everything goes to the lightest instances if no share keeps it.
+    If no share keeps it, the share on a coarse grid with the fewest violations.
     """
     if rate <= 0.0 or not np.isfinite(rate):
         raise RoutingError(f"rate = {rate}: must be above 0 and finite")
-    best = 0.0
-    for heavy in np.arange(0.0, 1.0, 0.01):
-        if violation_ratio(kinds, rate, requirement_s, float(heavy)) <= promise:
-            best = float(heavy)
+    grid = np.arange(0.0, 1.0, 0.01)
+    late = np.array([violation_ratio(kinds, rate, requirement_s, float(heavy)) for heavy in grid])
+    if late.min() > promise:
+        return float(grid[late.argmin()])
+    best = float(grid[late <= promise][-1])
     low, high = best, min(best + 0.01, 1.0 - step)
     while high - low > step / 2.0:
         middle = (low + high) / 2.0

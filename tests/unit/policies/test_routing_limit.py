@@ -84,3 +84,11 @@ def test_the_stationary_share_is_the_largest_that_keeps_the_promise() -> None:
     assert violation_ratio(PAPER_KINDS, 180.0, 0.3, share) <= 0.02
     assert violation_ratio(PAPER_KINDS, 180.0, 0.3, share + 0.001) > 0.02
     assert best_heavy_share(PAPER_KINDS, 10.0, 0.3, 0.02) == pytest.approx(0.9999)
+
+
+def test_where_no_share_keeps_the_promise_the_least_harm_is_done() -> None:
+    """At 150 ms the light instances alone would drown in a burst (their load is above 1)."""
+    share = best_heavy_share(PAPER_KINDS, 180.0, 0.15, 0.02)
+    best = violation_ratio(PAPER_KINDS, 180.0, 0.15, share)
+    assert 0.02 < best < 0.05
+    assert all(violation_ratio(PAPER_KINDS, 180.0, 0.15, x) >= best for x in np.arange(0.0, 1.0, 0.01))
