@@ -5,7 +5,8 @@
 Every round times, one after the other on the same machine: onnxruntime's bare `run` in this process (one thread, the
 worker's options); a request with the input tensor; the same bytes to an emulated instance that answers at once (so
 what transfer and gateway cost by themselves); a request with a JPEG of 500 x 375 pixels; decoding and resizing that
-JPEG here. Medians are printed as JSON. End to end less transfer is the tensor request less the instant one.
+JPEG here; the same file in OpenVINO, if that is installed. Medians are printed as JSON. End to end less transfer is
+the tensor request less the instant one.
 Weights do not matter for times: `tidegate models export efficientnet_b0 --weights random` will do.
 """
 
@@ -114,6 +115,9 @@ def measure(catalog: Path, name: str, rounds: int) -> dict[str, object]:
         }
         if importlib.util.find_spec("cykooz_resizer") is not None:
             steps["prepare_simd"] = lambda: prepare(jpeg, "image/jpeg", simd)
+        if importlib.util.find_spec("openvino") is not None:
+            other = open_runtime(msgspec.structs.replace(variant, runtime="openvino"), threads=1)
+            steps["bare_openvino"] = lambda: other.execute([Prepared(tensor=tensor)])
         times: dict[str, list[float]] = {step: [] for step in steps}
         for number in range(rounds + 5):
             for step, work in steps.items():

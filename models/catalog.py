@@ -136,7 +136,12 @@ def load_catalog(folders: Iterable[Path] = ()) -> dict[str, Variant]:
     origin: dict[str, Path] = {}
     for folder in (BUILT_IN_FOLDER, *folders):
         if not folder.is_dir():
-            raise VariantError("catalog", "folder", str(folder), "no such folder; create it or leave it out")
+            raise VariantError(
+                "catalog",
+                "folder",
+                str(folder),
+                "no such folder; `tidegate models export NAME -o FOLDER` makes one, or leave it out",
+            )
         for file in sorted(folder.glob("*.toml")):
             variant = read_variant(file)
             if variant.name in found:
