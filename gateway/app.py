@@ -146,7 +146,7 @@ def build_api(gateway: Gateway) -> FastAPI:
     async def change_router(service: str, request: Request) -> Response:
         return await switch(service, _decode(await _body(gateway, request), RouterChange, "change of router"))
 
-    async def switch(service: str, change: RouterChange) -> Response:
+    async def switch(service: str, change: RouterChange, *, remember: bool = True) -> Response:
         await _check_router(gateway, change.router)
         replaced = RouterChoice(router="")
 
@@ -164,8 +164,8 @@ def build_api(gateway: Gateway) -> FastAPI:
         if deployment is None:
             raise HTTPException(404, "no deployment is posted")
         spec = deployment.services[service]
-        if replaced != RouterChoice(router=spec.router, policy_file=spec.policy_file):
-            await _reached(gateway.fleet.board.put_former(service, replaced))
+        if remember and replaced != RouterChoice(router=spec.router, policy_file=spec.policy_file):
+            await _reached(gateway.fleet.board.push_former(service, replaced))
         return _json(deployment)
 
     @api.post(
@@ -175,10 +175,10 @@ def build_api(gateway: Gateway) -> FastAPI:
         dependencies=[Depends(_admin(gateway))],
     )
     async def roll_back(service: str) -> Response:
-        former = await _reached(gateway.fleet.board.former(service))
+        former = await _reached(gateway.fleet.board.pop_former(service))
         if former is None:
             raise HTTPException(409, f"the router of {service!r} has not been changed: nothing to roll back to")
-        return await switch(service, RouterChange(former.router, former.policy_file))
+        return await switch(service, RouterChange(former.router, former.policy_file), remember=False)
 
     @api.put(
         "/admin/services/{service}/shadow",

@@ -35,6 +35,7 @@ LEASE_EXPIRES_S: Final = 3.0
 POLICY_STATUS_EXPIRES_S: Final = 10.0
 SHADOW_EXPIRES_S: Final = 10.0
 DECISIONS_KEPT: Final = 10_000
+FORMERS_KEPT: Final = 20
 
 _json = msgspec.json.Encoder().encode
 T = TypeVar("T")
@@ -223,14 +224,17 @@ class Board:
     # changes of router that can be taken back, and routers that only look on (asked for by operators)
 
     @_cancellable
-    async def put_former(self, service: str, choice: RouterChoice) -> None:
-        """Keeps what a change of the service's router has replaced."""
-        await self._redis.set(f"former:{service}", _json(choice))
+    async def push_former(self, service: str, choice: RouterChoice) -> None:
+        """Keeps what a change of the service's router has replaced; the latest 20 of them."""
+        pipeline = self._redis.pipeline(transaction=False)
+        pipeline.rpush(f"former:{service}", _json(choice))
+        pipeline.ltrim(f"former:{service}", -FORMERS_KEPT, -1)
+        await pipeline.execute()
 
     @_cancellable
-    async def former(self, service: str) -> RouterChoice | None:
-        """What the last change replaced, or None if there was none."""
-        return _decode(await self._redis.get(f"former:{service}"), RouterChoice)
+    async def pop_former(self, service: str) -> RouterChoice | None:
+        """What the last change replaced, which is then forgotten, or None if there is none."""
+        return _decode(await self._redis.rpop(f"former:{service}"), RouterChoice)
 
     @_cancellable
     async def put_shadow_choice(self, service: str, choice: RouterChoice) -> None:

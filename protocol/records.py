@@ -230,7 +230,7 @@ class PolicyStatus(msgspec.Struct, frozen=True, kw_only=True):
 class RouterChoice(msgspec.Struct, frozen=True, kw_only=True):
     """A router for a service, with its trained policy where it is not a shipped one.
 
-    `former:{service}`: what the last change replaced, for a rollback. `shadow_choice:{service}`: what the operator
+    `former:{service}`: a list of what changes have replaced, for rollbacks. `shadow_choice:{service}`: what the operator
     wants to see deciding beside the real one; an empty `router` means nothing.
     """
 

@@ -66,7 +66,7 @@ class Operator(RunningGateway):
         await self._call("PUT", f"/admin/services/{service}/router", msgspec.json.encode(wanted))
         reason = await self._in_force(service, wanted.router, patience_s)
         if reason:
-            await self._call("PUT", f"/admin/services/{service}/router", msgspec.json.encode(before))
+            await self._call("POST", f"/admin/services/{service}/rollback")
             raise GatewayError(f"{wanted.router} cannot route {service}: {reason}; {before.router} was put back")
 
     async def roll_back(self, service: str, patience_s: float) -> RouterChoice:
@@ -134,7 +134,7 @@ def rollback(
     admin_token: Token = "",
     json_output: AsJson = False,
 ) -> None:
-    """Take the last change of a service's router back; once more undoes that."""
+    """Take the last change of a service's router back; again, the one before it."""
 
     async def go() -> dict[str, Any]:
         async with Operator(url, admin_token) as gateway:

@@ -16,9 +16,12 @@ from protocol.records import (
     InstanceSpec,
     InstanceState,
     PolicyStatus,
+    RouterChoice,
     ServiceSpec,
+    ShadowRecord,
     Table,
     WorkerSpec,
+    WouldBe,
 )
 
 RedisServer = Any  # of this folder's conftest.py
@@ -215,6 +218,38 @@ def test_what_is_said_of_policies_is_kept_by_service_and_expires(
             return not await board.policy_statuses(["s"])
 
         await come(forgotten)
+
+    run(board_url, scenario)
+
+
+def test_former_routers_come_back_latest_first_and_only_so_many(board_url: str) -> None:
+    """Each change is taken back once; services do not mix."""
+
+    async def scenario(board: Board) -> None:
+        assert await board.pop_former("s") is None
+        choices = [RouterChoice(router=f"r{number}", policy_file="x") for number in range(25)]
+        for choice in choices:
+            await board.push_former("s", choice)
+        await board.push_former("t", RouterChoice(router="other"))
+        taken = [await board.pop_former("s") for _ in range(21)]
+        assert taken == [*reversed(choices[5:]), None]
+
+    run(board_url, scenario)
+
+
+def test_a_shadow_is_asked_for_answers_and_is_ended(board_url: str) -> None:
+    """Another choice forgets what was said of the one before."""
+
+    async def scenario(board: Board) -> None:
+        choice = RouterChoice(router="learned-po")
+        await board.put_shadow_choice("s", choice)
+        assert await board.shadow_choices(["s", "t"]) == {"s": choice}
+        record = ShadowRecord(choice=choice, active_router="deadline", shadow=WouldBe(requests=3, goodput_ratio=0.5))
+        await board.put_shadow("s", record)
+        assert await board.shadow("s") == record
+        await board.put_shadow_choice("s", RouterChoice(router=""))
+        assert await board.shadow_choices(["s"]) == {}
+        assert await board.shadow("s") is None
 
     run(board_url, scenario)
 
