@@ -230,8 +230,8 @@ class PolicyStatus(msgspec.Struct, frozen=True, kw_only=True):
 class RouterChoice(msgspec.Struct, frozen=True, kw_only=True):
     """A router for a service, with its trained policy where it is not a shipped one.
 
-    `former:{service}`: a list of what changes have replaced, for rollbacks. `shadow_choice:{service}`: what the operator
-    wants to see deciding beside the real one; an empty `router` means nothing.
+    `former:{service}`: a list of what changes have replaced, for rollbacks. `shadow_choice:{service}`: what the
+    operator wants to see deciding beside the real one; an empty `router` means nothing.
     """
 
     router: str

@@ -65,6 +65,8 @@ class Operator(RunningGateway):
             return
         await self._call("PUT", f"/admin/services/{service}/router", msgspec.json.encode(wanted))
         reason = await self._in_force(service, wanted.router, patience_s)
+        if reason and before == wanted:
+            raise GatewayError(f"{wanted.router} cannot route {service}: {reason}")
         if reason:
             await self._call("POST", f"/admin/services/{service}/rollback")
             raise GatewayError(f"{wanted.router} cannot route {service}: {reason}; {before.router} was put back")
