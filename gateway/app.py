@@ -216,6 +216,10 @@ def build_api(gateway: Gateway) -> FastAPI:
             said = f"{said.lower()}: {request.method} {request.url.path[:200]}; /docs tells what there is"
         return JSONResponse({"error": said, "code": code}, error.status_code, error.headers)
 
+    @api.exception_handler(Exception)
+    async def as_failure(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": "internal error: the gateway's log has the details", "code": "FAILED"}, 500)
+
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:
             document = get_openapi(
@@ -251,7 +255,7 @@ def _admin(gateway: Gateway) -> Any:
 async def _check_router(gateway: Gateway, router: str, where: str = "") -> None:
     if router not in ROUTERS:
         meant = did_you_mean(router, ROUTERS)
-        raise HTTPException(400, f"{where}router = {router!r}: must be one of {', '.join(ROUTERS)}{meant}")
+        raise HTTPException(400, f"{where}router = {router[:80]!r}: must be one of {', '.join(ROUTERS)}{meant}")
     if router in ONE_GATEWAY_ROUTERS:
         others = len(set(await _reached(gateway.fleet.board.gateways())) - {gateway.fleet.id})
         if others:

@@ -10,6 +10,8 @@ What a model is: `oip_models.py`. Errors are {"error", "code"}.
 """
 
 import hmac
+import logging
+import re
 import time
 from typing import Any, Final, cast
 from urllib.parse import parse_qs
@@ -39,6 +41,9 @@ EXTENSIONS: Final = (
     "statistics",
 )
 LARGEST_CONTROL_BYTES: Final = 1 << 16
+_NUMBER: Final = re.compile(r"-?[0-9]{1,18}")
+
+log = logging.getLogger("gateway.oip")
 
 
 class OpenInference:
@@ -73,6 +78,10 @@ class OpenInference:
             await send_refusal(send, request_id(headers), error, close=unread)
         except ClientGone:
             return
+        except Exception:
+            log.exception("%s %s failed", method, scope["path"])
+            refused = Refused(Outcome.FAILED, "internal error: the gateway's log has the details")
+            await send_refusal(send, request_id(headers), refused)
         else:
             await _send_json(send, status, answer, headers)
 
@@ -103,7 +112,7 @@ class OpenInference:
                 return 200, {}
             case "GET", ["tidegate", "arrivals"]:
                 given = parse_qs(query).get("since", ["-1"])[0]
-                if not given.lstrip("-").isdecimal() or len(given) > 18:
+                if not _NUMBER.fullmatch(given):
                     raise invalid(f"since = {given[:40]!r}: must be the number that the last answer gave as next")
                 return 200, self._gateway.arrivals.page(int(given), time.monotonic())
         raise Refused(Outcome.INVALID, f"no {method} /{'/'.join(['v2', *parts])[:200]}; see /docs", 404)

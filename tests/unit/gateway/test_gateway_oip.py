@@ -397,6 +397,23 @@ def test_unloading_keeps_the_places() -> None:
     assert changed(wanted, ("small",), True)[0] == DEPLOYMENT
 
 
+@pytest.mark.parametrize("since", ["--1", "1-", "x", "", "9" * 19, "%D9%A3", "1.0", "-"])
+def test_arrivals_since_nonsense_are_refused(since: str) -> None:
+    status, answer = Surface().json("GET", f"/v2/tidegate/arrivals?since={since}&")
+    if since:
+        assert (status, answer["code"]) == (400, "INVALID")
+        assert "since = " in answer["error"]
+    else:
+        assert status == 200, "an empty value is none"
+
+
+def test_a_bug_is_a_failure_in_json() -> None:
+    surface = Surface()
+    surface.gateway.inferences = None  # type: ignore[assignment]
+    status, answer = surface.json("GET", "/v2/models/stats")
+    assert (status, answer["code"]) == (500, "FAILED")
+
+
 def test_arrivals_tell_what_came_and_what_was_lost() -> None:
     surface = Surface()
     start = surface.json("GET", "/v2/tidegate/arrivals")[1]
