@@ -272,7 +272,10 @@ def run_rule_in(y: System, s: State, e: int, rule: int, until_s: float) -> None:
             count[h, UNAVAILABLE] += 1
             x[REWARD] -= p.alpha
             continue
-        if p.bounce and _bounces(p, kind, q, f, limits, i, now_s, trust[0] * p.requirement_s):
+        allowed_s = trust[0] * p.requirement_s
+        # As in the live gateway, what is sent although it would be late has nowhere better to go: it is not bounced.
+        surprising = max(clear_s[i] - now_s, 0.0) + service_s[i] <= allowed_s
+        if p.bounce and surprising and _bounces(p, kind, q, f, limits, i, now_s, allowed_s):
             # The worker refuses with its status; the gateway tries one other instance, once.
             count[h, BOUNCED] += 1
             refused, held = i, q[i, LENGTH]
