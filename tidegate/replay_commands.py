@@ -1,7 +1,9 @@
 """`tidegate replay` and `tidegate compare`: a workload against any running gateway, once or router by router."""
 
 import asyncio
+import html
 import json
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,7 @@ from gateway.router import PHASE_ROUTERS, ROUTERS
 from loadgen.console import live_progress, print_results
 from loadgen.figures import RouterRun
 from loadgen.payloads import PayloadError, PayloadSet, parse_payloads
-from loadgen.report import write_report
+from loadgen.report import finding, write_report
 from loadgen.score import changed_speed, details, not_comparable
 from loadgen.sender import SendOptions, run_on_uvloop
 from loadgen.traces import Trace, TraceError, parse_workload
@@ -251,6 +253,8 @@ def tell(
     if not runs:
         return
     print_results(runs, title, warning)
+    if len(runs) > 1 and not warning:
+        print(html.unescape(re.sub(r"<[^>]+>", "", finding(runs))))
     for run in runs:
         sending = details(run.record)["sending"]
         if sending["late"]:

@@ -262,6 +262,43 @@ def test_a_bad_start_names_key_value_and_remedy_and_starts_nothing(
     assert list(folder.iterdir()) == [], "no process has left a trace"
 
 
+def test_up_tells_what_is_not_ready_and_which_router_is_not_in_force(tmp_path: Path) -> None:
+    """The heavy variant's file is no model; the learned router is for other instances; the port is a free one."""
+    (tmp_path / "broken.toml").write_text(
+        'name = "broken"\nservice = "digits"\nruntime = "onnxruntime"\nlabels = 10\npath = "broken.onnx"\n'
+    )
+    (tmp_path / "broken.onnx").write_bytes(b"not a model")
+    (tmp_path / "deploy").mkdir()
+    (tmp_path / "deploy" / "x.toml").write_text(
+        'name = "x"\ncatalog = [".."]\n[services.digits]\nvariants = ["broken", "digits_light"]\n'
+        'requirement_ms = 250\nrouter = "learned-po"\n'
+        '[[workers]]\nname = "a"\ninstances = [{ variant = "broken" }]\n'
+        '[[workers]]\nname = "b"\ninstances = [{ variant = "digits_light" }]\n'
+    )
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    process = _up(tmp_path / "deploy" / "x.toml", "--embedded", "--port", "0", folder=folder)
+    try:
+        assert process.stderr is not None
+        said: list[str] = []
+        while not all(
+            any(part in line for line in said)
+            for part in (
+                "ready after",
+                "a/broken of digits is not ready: ",
+                "digits is routed by deadline, not learned-po",
+            )
+        ):
+            said.append(process.stderr.readline())
+            assert said[-1], said
+        assert not any("http://127.0.0.1:8700" in line for line in said)
+        assert any("broken.onnx" in line for line in said), "the reason"
+    finally:
+        process.send_signal(signal.SIGINT)
+        rest = process.communicate(timeout=30)[1]
+    assert process.returncode == 0, rest
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_and_ends_everything(tmp_path: Path, number: signal.Signals) -> None:
     port = any_port()
