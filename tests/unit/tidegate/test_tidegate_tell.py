@@ -1,4 +1,4 @@
-"""What replay, compare and demo print at the end: a table and a finding, or one JSON object that says if runs compare."""
+"""What replay, compare and demo print at the end: a table and a finding, or one JSON object."""
 
 import json
 
