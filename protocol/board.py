@@ -162,10 +162,13 @@ class Board:
             wanted = change(present) if present is not None else None
             return None if wanted == posted else wanted
 
-        return await self._change_deployment(applied) or await self.deployment()
+        return await self._change_deployment(applied)
 
     async def _change_deployment(self, wanted: Callable[[Deployment | None], Deployment | None]) -> Deployment | None:
-        """Posts what `wanted` makes of the posted deployment, under the next version; None if that is nothing."""
+        """Posts what `wanted` makes of the posted deployment, under the next version; if that is None, nothing.
+
+        Gives back what stands there at that moment.
+        """
         async with self._redis.pipeline(transaction=True) as pipeline:
             while True:
                 await pipeline.watch("deployment", "version:deployment")
@@ -173,7 +176,7 @@ class Board:
                 version = int(await pipeline.get("version:deployment") or 0)
                 deployment = wanted(posted)
                 if deployment is None:
-                    return None
+                    return posted
                 numbered = msgspec.structs.replace(deployment, version=max(version, deployment.version) + 1)
                 pipeline.multi()
                 pipeline.set("deployment", _json(numbered))

@@ -161,7 +161,7 @@ def test_changes_of_the_deployment_at_once_are_all_kept(board_url: str) -> None:
     run(board_url, scenario)
 
 
-def test_a_change_may_do_nothing_or_fail_or_find_nothing(board_url: str) -> None:
+def test_a_change_may_do_nothing_or_fail_or_find_nothing(board_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is posted; an empty board is filled from what the caller knows."""
 
     async def scenario(board: Board) -> None:
@@ -172,6 +172,13 @@ def test_a_change_may_do_nothing_or_fail_or_find_nothing(board_url: str) -> None
         assert filled is not None
         assert filled.version == 8
         assert await board.change_deployment(lambda present: present, empty=known) == filled
+
+        async def too_late() -> Deployment | None:
+            raise AssertionError("what is read a moment later may be somebody else's")
+
+        monkeypatch.setattr(board, "deployment", too_late)
+        assert await board.change_deployment(lambda present: present) == filled, "of the moment of the decision"
+        monkeypatch.undo()
 
         def fail(present: Deployment) -> Deployment:
             raise LookupError(present.name)

@@ -1,6 +1,7 @@
 """Changes while requests come: routers, deployments, clients that leave, too much load, a death in the middle of it."""
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -224,6 +225,58 @@ def test_a_bad_deployment_is_refused_and_changes_nothing(system: RunningSystem) 
     asyncio.run(run())
 
 
+def test_an_instance_that_cannot_load_and_a_policy_that_does_not_fit_say_so(system: RunningSystem) -> None:
+    """The service stays ready, by its other instances and by `deadline`; /readyz and /state tell why it is these."""
+
+    async def run() -> None:
+        async with client() as session:
+            url = f"{system.url}/admin/deployment"
+            async with session.get(url) as response:
+                good = await response.json()
+            bad = json.loads(json.dumps(good))
+            bad["services"]["imagenet"]["variants"].insert(0, "no_such_model")
+            bad["services"]["imagenet"]["router"] = "learned-fo"
+            bad["workers"][3]["instances"] = [{"variant": "no_such_model"}]
+            before = await assert_conserved(system, session)
+            async with Load(session, f"{system.url}/v1/imagenet", 30.0) as load:
+                async with session.put(url, json=bad) as response:
+                    assert response.status == 200, await response.text()
+
+                async def told() -> bool:
+                    async with session.get(f"{system.url}/readyz") as response:
+                        assert response.status == 200
+                        notices = " | ".join((await response.json())["notices"])
+                    service = (await system.state(session))["services"]["imagenet"]
+                    reasons = {view["id"]: view["reason"] for view in service["instances"]}
+                    return (
+                        "no such variant in the catalog" in reasons.get("d/no_such_model", "")
+                        and reasons["d/no_such_model"] in notices
+                        and service["routing_by"] == "deadline"
+                        and "learned-fo" in service["reason"]
+                        and service["reason"] in notices
+                        and "trained" in notices
+                    )
+
+                await until(told, 10.0, "nobody says what is wrong")
+                async with session.put(url, json=good) as response:
+                    assert response.status == 200, await response.text()
+
+                async def over() -> bool:
+                    async with session.get(f"{system.url}/readyz") as response:
+                        return bool((await response.json())["notices"] == [])
+
+                await until(over, 10.0, "what was wrong is told for ever")
+                await until(lambda: _whole(system, session), 10.0, "not everything came back")
+            after = await assert_conserved(system, session, restarted=("d",))
+            assert_client_agrees(load, before, after, "imagenet")
+            assert set(load.statuses()) == {200}, load.codes()
+            log = system.child("worker-d").log_file.read_text()
+            assert '"level": "WARNING"' in log
+            assert "no_such_model" in log
+
+    asyncio.run(run())
+
+
 def test_clients_that_leave_free_their_places_and_nothing_is_computed_for_them(system: RunningSystem) -> None:
     async def run() -> None:
         async with client() as session:
@@ -313,6 +366,7 @@ def test_everything_at_once_is_conserved(system: RunningSystem) -> None:
                     await asyncio.sleep(0.1)
                 await asyncio.gather(*leaving)
                 await _change_router(session, system, "deadline")
+            await until(lambda: _whole(system, session), 20.0, "not all of the 4 instances came back")
             after = await assert_conserved(system, session, restarted=("c",))
             assert all(sent.answers == 1 for sent in load.sent)
             ended = _difference(before, after)
@@ -322,15 +376,6 @@ def test_everything_at_once_is_conserved(system: RunningSystem) -> None:
             assert sum(ended.values()) <= len(load.sent) + len(leaving)
             assert ended.get("CANCELLED", 0) <= len(leaving)
             assert ended.get("FAILED", 0) == 0
-            ready = 0
-
-            async def whole() -> bool:
-                nonlocal ready
-                views = (await system.state(session))["services"]["imagenet"]["instances"]
-                ready = sum(view["ready"] for view in views)
-                return ready == 4
-
-            await until(whole, 20.0, f"only {ready} of 4 instances came back")
 
     asyncio.run(run())
 
@@ -362,17 +407,18 @@ def test_a_worker_that_hangs_costs_its_requests_seconds_not_half_a_minute(system
             unserved = len(load.sent) - load.statuses()[200]
             assert unserved <= 2 * 15, "at most what it had taken, and what its absence made late"
 
-            async def back() -> bool:
-                views = (await system.state(session))["services"]["imagenet"]["instances"]
-                return bool(sum(view["ready"] for view in views) == 4)
-
-            await until(back, 15.0, "it did not come back")
+            await until(lambda: _whole(system, session), 15.0, "it did not come back")
             await until(lambda: _rest(system, session), 10.0, "requests are left over")
             after = await system.state(session)
             ended = sum(_difference(before, after).values())
             assert ended == len(load.sent) == after["arrived"] - before["arrived"]
 
     asyncio.run(run())
+
+
+async def _whole(system: RunningSystem, session: aiohttp.ClientSession) -> bool:
+    views = (await system.state(session))["services"]["imagenet"]["instances"]
+    return bool(sum(view["ready"] for view in views) == 4)
 
 
 async def _rest(system: RunningSystem, session: aiohttp.ClientSession) -> bool:
