@@ -44,14 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m policies.routing.negative_results", description=__doc__.split("\n")[0]
     )
     parser.add_argument("--kind", choices=sorted(KINDS), required=True)
-    parser.add_argument("--slots", type=int, default=4_000_000)
+    parser.add_argument("--preset", default="quick", help="paper | quick (learns within a small budget)")
+    parser.add_argument("--slots", type=int, default=2_000_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a number of the preset"
     )
     parser.add_argument("--out", type=Path, required=True, help="JSON file; other kinds in it are kept")
     given = parser.parse_args(arguments)
-    settings = preset("paper", given.slots)
+    settings = preset(given.preset, given.slots)
     for item in given.set:
         key, value = item.split("=", 1)
         settings = replace(settings, **{key: type(getattr(settings, key))(float(value))})
