@@ -5,6 +5,7 @@ by Eq. 11, and the input baseline of `ppo.py`. Every size contributes its own sl
 four instances, so that sizes count alike.
 
     python -m policies.routing.set_training --minutes 9 --out runs/set
+    python -m policies.routing.set_training --compare policies/pretrained/routing-learned-set.safetensors
 """
 
 import argparse
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from policies.routing.contract import InstanceKind
 from policies.routing.environment import SlotEnvironments
+from policies.routing.evaluate import evaluate
 from policies.routing.network import log_density
 from policies.routing.presets import PAPER_KINDS, PAPER_REWARD_ACCURACY
 from policies.routing.queueing_model import LENGTH, ServiceModel, paper_arrivals
@@ -165,14 +167,41 @@ def load_set_policy(path: Path, kinds: tuple[InstanceKind, ...]) -> SetPolicy:
     return SetPolicy(load_file(path), kinds)
 
 
+def compare(path: Path, slots: int, seed: int) -> None:
+    """Prints goodput, violations (50:50) and heavy shares beside the rules', at sizes met in training and others."""
+    for name, (service, scale) in {
+        "2 x 2": paper_mix(2), "2 x 8": paper_mix(8), "3 x 16": three_variants(16), "2 x 128": paper_mix(128),
+    }.items():  # fmt: skip
+        seen = max(600, int(slots / scale))
+        rows = {"learned-set": score(load_set_policy(path, service.kinds), service, scale, slots=seen, seed=seed)}
+        rules = ("learned-po",) * (name == "2 x 2") + ("deadline", "infaas", "uniform")
+        for rule in rules:
+            rows[rule] = evaluate(rule, service, paper_arrivals(scale), slots=seen, seed=seed).scores
+        for router, s in rows.items():
+            even = s["overall_50_50"]
+            line = f"{name:8s} {router:12s} {100 * even.goodput_ratio:6.2f} ({100 * even.violation_ratio:5.2f})"
+            for phase in ("bursty", "normal"):
+                one = s[phase]
+                line += f"  {phase} {100 * one.goodput_ratio:6.2f} ({100 * one.violation_ratio:5.2f})"
+                line += f" heavy {100 * one.heavy_ratio:5.1f}"
+            print(f"{line}  {even.requests} requests", flush=True)
+
+
 def main() -> None:
     """Command line of the module."""
     parser = argparse.ArgumentParser(description="Train learned-set, one table network for any number of instances.")
-    parser.add_argument("--minutes", type=float, default=9.0, help="time to spend, all runs so far included")
+    parser.add_argument("--minutes", type=float, default=9.0, help="processor time to spend")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--rate", type=float, default=1e-3, help="first rate of Adam; falls linearly to a tenth")
-    parser.add_argument("--out", type=Path, required=True, help="folder for learned-set.safetensors and its scores")
+    parser.add_argument("--out", type=Path, default=None, help="folder for learned-set.safetensors")
+    parser.add_argument("--compare", type=Path, default=None, help="only compare this .safetensors with the rules")
+    parser.add_argument("--slots", type=int, default=30_000, help="slots per size of --compare")
     options = parser.parse_args()
+    if options.compare is not None:
+        compare(options.compare, options.slots, options.seed)
+        return
+    if options.out is None:
+        parser.error("--out FOLDER (to train) or --compare FILE is needed")
     options.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)
@@ -184,8 +213,8 @@ def main() -> None:
     }
     network = SetActorCritic(next(iter(sizes.values())).shape.layout.per_instance)
     adam = torch.optim.Adam(network.parameters(), lr=options.rate)
-    began, update = time.monotonic(), 0
-    while (done := (time.monotonic() - began) / (60.0 * options.minutes)) < 1.0:
+    began, update = time.process_time(), 0
+    while (done := (time.process_time() - began) / (60.0 * options.minutes)) < 1.0:
         for group in adam.param_groups:
             group["lr"] = options.rate * (1.0 - 0.9 * done)
         data = {name: size.collect(network, noise) for name, size in sizes.items()}
