@@ -5,11 +5,12 @@ this machine can do, replays one trace through four routers, and reports.
 """
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, TypeVar
 
 import aiohttp
 import msgspec
@@ -31,6 +32,7 @@ from tidegate.running import GatewayError, RunningGateway
 from tidegate.supervisor import Supervisor, free_port
 from tidegate.up_command import StartFailed, until_ready, with_address
 
+T = TypeVar("T")
 DEPLOY: Final = Path(__file__).parent.parent / "deploy"
 HEAVY, LIGHT = "digits_heavy", "digits_light"
 ROUTERS: Final = {
@@ -91,10 +93,10 @@ async def _demo(duration_s: float, seed: int, report: Path, embedded: bool, as_j
     )
     console.print("starting board, scheduler, gateway and two workers …")
     async with supervisor, RunningGateway(supervisor.url) as gateway:
-        await until_ready(supervisor)
+        await _unless(stop, until_ready(supervisor))
         console.print(f"ready at {supervisor.url} (board: {supervisor.board_kind})")
         console.print("measuring both instances together …")
-        service_s = await measure(f"{supervisor.url}/v1/digits", payloads, seconds=6.0, stop=stop)
+        service_s = await _unless(stop, measure(f"{supervisor.url}/v1/digits", payloads, seconds=6.0))
         console.print(f"  {HEAVY} {service_s[HEAVY] * 1e3:.1f} ms, {LIGHT} {service_s[LIGHT] * 1e3:.1f} ms per image")
         trace, requirement_ms = scaled_workload(service_s, duration_s, seed)
         places = scaled_places(service_s, requirement_ms)
@@ -143,7 +145,18 @@ def _desired(file: DeploymentFile, router: str, requirement_ms: float, places: M
     return replace(state, services={"digits": spec}, workers=workers)
 
 
-async def measure(url: str, payloads: PayloadSet, seconds: float, stop: asyncio.Event) -> dict[str, float]:
+async def _unless(stop: asyncio.Event, wanted: Coroutine[Any, Any, T]) -> T:
+    """What `wanted` returns, unless Ctrl-C comes first."""
+    working, stopping = asyncio.create_task(wanted), asyncio.create_task(stop.wait())
+    await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    for task in (working, stopping):
+        task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        return await working
+    raise KeyboardInterrupt
+
+
+async def measure(url: str, payloads: PayloadSet, seconds: float) -> dict[str, float]:
     """Seconds per image by variant, as one over its throughput while both instances are busy all the time.
 
     So everything that a request costs on this machine is in it: HTTP, decoding, the other instance, the clients.
@@ -155,7 +168,7 @@ async def measure(url: str, payloads: PayloadSet, seconds: float, stop: asyncio.
     rng = np.random.default_rng(0)
 
     async def client(session: aiohttp.ClientSession, deadline_ms: str) -> None:
-        while time.monotonic() < ends_s and not stop.is_set():
+        while time.monotonic() < ends_s:
             payload = payloads.payloads[int(rng.integers(len(payloads.payloads)))]
             headers = {"Content-Type": payload.content_type, "X-Deadline-Ms": deadline_ms}
             async with session.post(url, data=payload.body, headers=headers) as response:
@@ -167,8 +180,6 @@ async def measure(url: str, payloads: PayloadSet, seconds: float, stop: asyncio.
 
     async with aiohttp.ClientSession() as session:
         await asyncio.gather(*(client(session, deadline_ms) for deadline_ms in ["20000"] * 4 + ["80"] * 2))
-    if stop.is_set():
-        raise KeyboardInterrupt
     if not answers[HEAVY] or not answers[LIGHT]:
         raise GatewayError(f"too few answers while measuring ({dict(answers)}): see the workers' logs")
     return {variant: seconds / answers[variant] for variant in (HEAVY, LIGHT)}

@@ -1,9 +1,13 @@
 """What `tidegate up` tells besides being ready: trouble that lasts, once, and its end; and the port that it takes."""
 
 import socket
+import sys
 from pathlib import Path
 
+import pytest
+
 from protocol.deployment import read_deployment
+from tidegate.__main__ import main
 from tidegate.up_command import with_address
 from tidegate.watch import Watch
 
@@ -56,3 +60,22 @@ def test_port_0_becomes_a_free_one_and_no_port_means_the_files() -> None:
     assert port not in (0, file.gateway.port)
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+def test_ctrl_c_during_the_imports_is_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupting:
+        """What finds modules: for the command line, Ctrl-C."""
+
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == "tidegate.main":
+                raise KeyboardInterrupt
+
+    monkeypatch.delitem(sys.modules, "tidegate.main", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupting, *sys.meta_path])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "tidegate: interrupted\n"
