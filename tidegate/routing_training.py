@@ -38,6 +38,7 @@ def train(
     requirement_ms: RequirementMs = 300.0,
     seed: Seed = 1,
     threads: Threads = 2,
+    start: Annotated[Path | None, typer.Option(help="begin as this trained policy (its .json)")] = None,
     resume: Annotated[bool, typer.Option(help="go on from the checkpoint in --out")] = False,
 ) -> None:
     """Learn a router on the paper's service (needs the `train` extra); Ctrl-C keeps the last checkpoint."""
@@ -49,6 +50,8 @@ def train(
     ]  # fmt: skip
     if slots is not None:
         arguments += ["--slots", str(slots)]
+    if start is not None:
+        arguments += ["--start", str(start)]
     if resume:
         arguments.append("--resume")
     try:
