@@ -81,13 +81,13 @@ async def _measure(embedded_board: bool, seconds: float, router: str, rate: floa
             )
             while not loaded.done():
                 slots += 1
-                if (delay_s := await _next_table(gateway, name, file.scheduler.slot_s)) is not None:
+                if (delay_s := await next_table_s(gateway, name, file.scheduler.slot_s)) is not None:
                     delays_ms.append(1e3 * delay_s)
             await loaded
     return supervisor.board_kind, delays_ms, slots
 
 
-async def _next_table(gateway: RunningGateway, service: str, slot_s: float) -> float | None:
+async def next_table_s(gateway: RunningGateway, service: str, slot_s: float) -> float | None:
     """Seconds from the next slot's start until the gateway has another table than just before it; None: not in it."""
     start_s = (math.floor(time.monotonic() / slot_s) + 1) * slot_s
     await asyncio.sleep(start_s - 0.02 - time.monotonic())
