@@ -14,7 +14,7 @@ import typer
 from loadgen.console import live_progress, print_results
 from loadgen.figures import RouterRun
 from loadgen.payloads import PayloadError, parse_payloads
-from loadgen.report import write_report
+from loadgen.report import check_place, write_report
 from loadgen.score import details, not_comparable, score
 from loadgen.self_test import self_test
 from loadgen.sender import SendOptions, run_replay
@@ -65,6 +65,7 @@ def replay(
     if not url:
         raise typer.BadParameter("name the service: --url http://HOST:PORT/v1/SERVICE", param_hint="--url")
     try:
+        check_place(report)
         headers = dict(_header(text) for text in header or [])
         payloads = parse_payloads(payload, split, seed)
         trace = parse_workload(workload, seed=seed, duration_s=duration_s, rate_scale=rate_scale, time_scale=time_scale)

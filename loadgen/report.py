@@ -58,6 +58,13 @@ NOTES = (
 )
 
 
+def check_place(path: Path | None) -> None:
+    """Raise ValueError if a report could not be written there: asked before a run, not after it."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        wrong = "is a folder" if path.is_dir() else f"there is no folder {path.absolute().parent}"
+        raise ValueError(f"report = {path}: {wrong}; name a file in a folder that exists")
+
+
 def write_report(
     path: Path,
     *,

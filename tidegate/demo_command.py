@@ -21,6 +21,7 @@ from rich.console import Console
 from loadgen.console import live_progress
 from loadgen.figures import RouterRun
 from loadgen.payloads import PayloadSet, digits
+from loadgen.report import check_place
 from loadgen.score import changed_speed, not_comparable
 from loadgen.sender import SendOptions, run_on_uvloop
 from loadgen.traces import Trace
@@ -70,6 +71,10 @@ def demo(
     console = Console(stderr=True, highlight=False)
     if not 5.0 <= duration_s <= 3600.0:
         raise typer.BadParameter("must be from 5 to 3600 seconds", param_hint="--duration-s")
+    try:
+        check_place(report)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--report") from None
     try:
         interrupted = run_on_uvloop(_demo(duration_s, seed, report, embedded, as_json, console))
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ from gateway.router import PHASE_ROUTERS, ROUTERS
 from loadgen.console import live_progress, print_results
 from loadgen.figures import RouterRun
 from loadgen.payloads import PayloadError, PayloadSet, parse_payloads
-from loadgen.report import finding, write_report
+from loadgen.report import check_place, finding, write_report
 from loadgen.score import changed_speed, details, not_comparable
 from loadgen.sender import SendOptions, run_on_uvloop
 from loadgen.traces import Trace, TraceError, parse_workload
@@ -146,6 +146,7 @@ def compare(
 
 def _run(plan: Plan) -> None:
     try:
+        check_place(plan.report)
         interrupted, left_out = run_on_uvloop(_compare(plan))
     except (GatewayError, TraceError, PayloadError, ValueError, OSError) as error:
         Console(stderr=True).print(f"tidegate: {error}", style="red", highlight=False, markup=False, soft_wrap=True)

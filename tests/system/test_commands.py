@@ -117,6 +117,8 @@ def test_compare_goes_on_without_a_router_that_cannot_be_used_there(system: Runn
         (["replay", "--url", "http://127.0.0.1:9"], ["no gateway answers", "tidegate up"]),
         (["replay", "--workload", "paprika"], ["paprika"]),
         (["demo", "--duration-s", "1"], ["5 to 3600"]),
+        (["demo", "--report", "/no/such/folder/r.html"], ["no folder /no/such/folder", "folder that exists"]),
+        (["replay", "--report", "/tmp"], ["report = /tmp: is a folder"]),
     ],
 )
 def test_a_mistake_is_named_with_its_remedy(arguments: list[str], words: list[str]) -> None:

@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from loadgen.figures import (
     variant_colours,
 )
 from loadgen.record import Recorder
-from loadgen.report import build_report, finding
+from loadgen.report import build_report, check_place, finding
 from loadgen.score import score, unanswered
 from loadgen.traces import Trace, parse_workload
 
@@ -230,6 +231,15 @@ def test_the_terminal_says_what_its_columns_mean(trace: Trace, capsys: pytest.Ca
     for word in ("answered correctly and in time", "late, refused", "largest variant", "no latency percentile"):
         assert word in " ".join(said.split())
     assert lines[-1] == "not comparable: slow"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
+    check_place(None)
+    check_place(tmp_path / "report.html")
+    check_place(Path("report.html"))
+    for place in (tmp_path, tmp_path / "nowhere" / "report.html"):
+        with pytest.raises(ValueError, match="folder that exists"):
+            check_place(place)
 
 
 def test_no_run_is_an_error(trace: Trace) -> None:
