@@ -109,10 +109,16 @@ def test_a_killed_board_disturbs_nobody_and_is_filled_again(system: RunningSyste
                 await asyncio.sleep(0.5)
                 _kill(system, "board")
                 await _back(system, "board", pid)
-                await asyncio.sleep(2.0)
                 version = (await _deployment(session, system))["version"]
-                # The empty board was told everything again: a change reaches all who follow it.
-                await _change_router(session, system, "light-only")
+
+                async def accepted() -> bool:
+                    url = f"{system.url}/admin/services/imagenet/router"
+                    async with session.put(url, json={"router": "light-only"}) as response:
+                        assert response.status in (200, 503), await response.text()
+                        return response.status == 200
+
+                # The empty board is told everything again as soon as it listens: a change reaches all who follow it.
+                await until(accepted, 15.0, "the board does not take changes")
 
                 async def changed() -> bool:
                     services = (await system.state(session))["services"]
