@@ -13,8 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from policies.placement.actors import PRETRAINED, ArtifactError
+from policies.placement.contract import PlacementPolicy
 from policies.placement.edge_network import EdgeNetwork, PlacementError
-from policies.placement.evaluate import ALL, Optima, build_policy, evaluate_policy, evaluation_slots
+from policies.placement.evaluate import ALL, LEARNED, RULES, Optima, build_policy, evaluate_policy, evaluation_slots
 from policies.placement.graph import GraphError, named_graph
 from policies.placement.tables import ServiceTable, TableError, read_table, shipped_tables
 from policies.placement.workload import Load, draw_slots
@@ -40,6 +41,19 @@ def _network(graph: str, tables: list[Path] | None) -> EdgeNetwork:
 def _fail(error: Exception) -> typer.Exit:
     errors.print(f"[red]error:[/red] {error}", highlight=False)
     return typer.Exit(2)
+
+
+def _policies(names: list[str], network: EdgeNetwork, load: Load, lenient: bool) -> list[PlacementPolicy]:
+    """The named policies; if `lenient`, those without a fitting artifact are left out with a word."""
+    policies = []
+    for name in names:
+        try:
+            policies.append(build_policy(name, network, load))
+        except ArtifactError as error:
+            if not lenient:
+                raise
+            errors.print(f"[yellow]left out:[/yellow] {name}: {error}", highlight=False)
+    return policies
 
 
 def _progress() -> Progress:
@@ -71,15 +85,7 @@ def evaluate(
         if agents < services or agents % services:
             raise ValueError(f"--agents is {agents}; it must be a multiple of the {services} services")
         load = Load(per_service=agents // services, mixed=mixed, present=present)
-        names = list(ALL) if policy == "all" else policy.split(",")
-        policies = []
-        for name in names:
-            try:
-                policies.append(build_policy(name, network, load))
-            except ArtifactError as error:
-                if policy != "all":
-                    raise
-                errors.print(f"[yellow]left out:[/yellow] {name}: {error}", highlight=False)
+        policies = _policies(list(ALL) if policy == "all" else policy.split(","), network, load, policy == "all")
         batches = evaluation_slots(network, load, slots, seeds)
         optima = None
         proved = None
@@ -229,20 +235,43 @@ def bench(
 
 @app.command()
 def figures(
-    results: Annotated[Path, typer.Argument(help="a file that `evaluate --json` wrote")],
+    results: Annotated[Path | None, typer.Argument(help="a file of `evaluate --json`; without one, evaluates")] = None,
+    agents: Annotated[int, typer.Option(help="requests per slot, where it evaluates")] = 8,
+    slots: Annotated[int, typer.Option(help="slots per seed, where it evaluates")] = 100,
+    seeds: Annotated[int, typer.Option(help="seeds, where it evaluates")] = 10,
     out: Annotated[Path, typer.Option(help="folder for the page and its plotly.min.js")] = Path("results/figures"),
     artifacts: Annotated[Path, typer.Option(help="artifacts whose training curves are drawn")] = PRETRAINED
     / "placement",
 ) -> None:
-    """Draw Huang's Figs. 7 to 10 (training curves, failures, execution time, per-agent sub-rewards) as a page."""
+    """Draw Huang's Figs. 7 to 10 (training curves, failures, execution time, per-agent sub-rewards) as page and tables.
+
+    Without a file it evaluates every policy but the exact solvers first: tidegate placement figures --agents 8
+    """
     from tidegate.placement_figures import write_figures
 
-    try:
-        text = json.loads(results.read_text())
-        path = write_figures(text["results"], int(text["setting"]["agents"]), artifacts, out)
-    except (OSError, ValueError, KeyError) as error:
-        raise _fail(ValueError(f"{results}: not what `tidegate placement evaluate --json` writes: {error}")) from error
-    typer.echo(str(path))
+    if results is not None:
+        try:
+            text = json.loads(results.read_text())
+            path = write_figures(text["results"], int(text["setting"]["agents"]), artifacts, out)
+        except (OSError, ValueError, KeyError) as error:
+            message = f"{results}: not what `tidegate placement evaluate --json` writes: {error}"
+            raise _fail(ValueError(message)) from error
+    else:
+        try:
+            network = _network("eua16", None)
+            load = Load(per_service=agents // len(network.tables))
+            batches, found = evaluation_slots(network, load, slots, seeds), {}
+            policies = _policies([*RULES, *LEARNED], network, load, lenient=True)
+            with _progress() as progress:
+                task = progress.add_task("policies", total=len(policies))
+                for one in policies:
+                    progress.update(task, description=one.name)
+                    found[one.name] = evaluate_policy(network, one, batches)
+                    progress.advance(task)
+        except WRONG as error:
+            raise _fail(error) from error
+        path = write_figures(found, agents, artifacts, out)
+    typer.echo(f"{path} and {path.with_suffix('.md')}")
 
 
 @app.command()

@@ -1,18 +1,23 @@
-"""Huang's Figs. 7 to 10 as one HTML page per number of agents, from evaluation JSON and the artifacts' curves."""
+"""Huang's Figs. 7 to 10 as one HTML page per number of agents, from evaluation JSON and the artifacts' curves.
+
+Beside the page stand the same figures as Markdown tables.
+"""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-LEARNERS = ("hisper", "hisper-sequential", "hisper-paper", "hasac", "happo")
+LEARNERS = ("hisper-paper", "hasac", "happo", "happo-discounted", "hisper", "hisper-sequential", "prices")
+AGENT_FIGURES = (("accuracy", "accuracy"), ("delay_s", "delay, s"), ("cost_usd", "cost, USD"))
 SUB_REWARDS = (("reward", "reward"), ("accuracy", "accuracy"), ("cost_usd", "cost, USD"), ("delay_s", "delay, s"))
 
 
 def write_figures(results: dict[str, Any], agents: int, artifacts: Path, out: Path) -> Path:
-    """Write `out`/placement-AGENTS.html (plotly.min.js beside it) and return its path.
+    """Write `out`/placement-AGENTS.html (plotly.min.js beside it) and .md (tables), and return the page's path.
 
     `results` is what `tidegate placement evaluate --json` prints under `results`.
     """
@@ -32,6 +37,7 @@ def write_figures(results: dict[str, Any], agents: int, artifacts: Path, out: Pa
     path.write_text(
         f"<!doctype html><meta charset=utf-8><title>Placement, {agents} agents</title>\n" + "\n".join(parts)
     )
+    path.with_suffix(".md").write_text(_tables(results, curves, agents))
     from plotly.offline import get_plotlyjs
 
     (out / "plotly.min.js").write_text(get_plotlyjs())
@@ -47,6 +53,37 @@ def _curves(artifacts: Path, agents: int) -> dict[str, list[dict[str, float]]]:
                 found[name] = json.loads(path.read_text())["record"].get("curve", [])
                 break
     return found
+
+
+def _tables(results: dict[str, Any], curves: dict[str, list[dict[str, float]]], agents: int) -> str:
+    """Figs. 7 to 10 as Markdown tables; a curve is shown at about ten of its points."""
+    parts = [f"# Placement, {agents} agents", "", "## Figs. 7, 8 and 9: sums over the slots of a seed", ""]
+    heads = ("policy", "reward", "accuracy", "delay s", "cost USD", "failed", "ms p50", "ms p99")
+    rows = [
+        (name, f"{r['reward']['mean']:.1f}", f"{r['accuracy']:.1f}", f"{r['delay_s']:.1f}", f"{r['cost_usd']:.2f}",
+         f"{r['failure_ratio']:.3%}", f"{r['decide_ms']['p50']:.2f}", f"{r['decide_ms']['p99']:.2f}")
+        for name, r in sorted(results.items(), key=lambda item: -item[1]["reward"]["mean"])
+    ]  # fmt: skip
+    parts += _markdown(heads, rows)
+    for name, curve in curves.items():
+        parts += ["", f"## Fig. 7: training of `{name}` (sums over 100 held-out slots)", ""]
+        shown = curve[:: max(1, len(curve) // 10)]
+        shown += curve[-1:] if curve and shown[-1] is not curve[-1] else []
+        points = [
+            (f"{p['step']:,}", *(f"{100 * p[key]:.1f}" for key, _ in SUB_REWARDS), f"{p['failure_ratio']:.3%}")
+            for p in shown
+        ]
+        parts += _markdown(("step", *(title for _, title in SUB_REWARDS), "failed"), points)
+    for key, title in AGENT_FIGURES:
+        parts += ["", f"## Fig. 10: {title} of each agent, per slot", ""]
+        agents_rows = [(name, *(f"{value:.3f}" for value in r["agents"][key])) for name, r in results.items()]
+        parts += _markdown(("policy", *(f"agent {n + 1}" for n in range(agents))), agents_rows)
+    return "\n".join(parts) + "\n"
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [heads, ["---", *(["---:"] * (len(heads) - 1))], *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 def _training(results: dict[str, Any], curves: dict[str, list[dict[str, float]]]) -> go.Figure:
@@ -77,10 +114,9 @@ def _bars(title: str, values: dict[str, float], unit: str) -> go.Figure:
 
 
 def _per_agent(results: dict[str, Any]) -> go.Figure:
-    keys = (("accuracy", "accuracy"), ("delay_s", "delay, s"), ("cost_usd", "cost, USD"))
-    figure = make_subplots(rows=1, cols=3, subplot_titles=[f"Fig. 10: {title} per slot" for _, title in keys])
+    figure = make_subplots(rows=1, cols=3, subplot_titles=[f"Fig. 10: {title} per slot" for _, title in AGENT_FIGURES])
     shown = [name for name in ("hisper", "hisper-paper", "hasac", "heuristic") if name in results]
-    for column, (key, _) in enumerate(keys, start=1):
+    for column, (key, _) in enumerate(AGENT_FIGURES, start=1):
         for name in shown:
             values = results[name]["agents"][key]
             bar = go.Bar(

@@ -1,6 +1,6 @@
 """Run `learn_prices` as a training: progress, curve, TensorBoard, and the artifact as other learners write it."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ def train_prices(settings: Settings, folder: Path, resume: bool = False) -> Pric
         raise ValueError("prices are learned in a minute or two; start again without --resume")
     if settings.start not in ("", "convention"):
         raise ValueError(f"start is {settings.start!r}; prices start from convention or nothing")
+    settings = replace(settings, steps=settings.price_rounds * settings.price_slots)
     network, run = settings.network(), Run(settings, folder)
     settled = settings.start == "convention"
     how = PriceSettings(
@@ -33,6 +34,6 @@ def train_prices(settings: Settings, folder: Path, resume: bool = False) -> Pric
 
     run.open(0)
     prices = learn_prices(network, settings.load(), how, settings.seed, report)
-    record = {"steps": settings.price_rounds * settings.price_slots, "processor_s": run.elapsed_s(), **figures}
+    record = {"steps": settings.steps, "processor_s": run.elapsed_s(), **figures}
     save_prices(folder / "actors", prices, network, {"settings": asdict(settings), "record": record})
     return prices

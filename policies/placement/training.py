@@ -75,7 +75,7 @@ class Settings:
     sequential: bool = False  # agents see the nodes' state updated by those before them
     guide: float = 0.0  # weight of the log-probabilities beside the formula values; 0: they decide alone
     start: str = ""  # `convention`: guided actors and prices begin as that rule
-    price_rounds: int = 12
+    price_rounds: int = 8
     price_slots: int = 3_000
     temperature: float = 0.1  # of the guided softmax while training, at the start
     temperature_end: float = 0.01  # and at the end (geometric)
@@ -173,11 +173,12 @@ class Run:
         """Log one evaluation: a line with the time left, a row of the curve, TensorBoard scalars."""
         elapsed = self.elapsed_s()
         speed = (step - self.first_step) / max(elapsed - self.before_s, 1e-9)
-        left = (self.settings.steps - step) / max(speed, 1e-9)
+        left = (self.settings.steps - step) / speed if speed > 0 else np.inf
         if self.settings.limit_s > 0:
             left = min(left, self.settings.limit_s - elapsed)
+        left_text = f"{max(left, 0.0):6.0f} s left" if np.isfinite(left) else "time left unknown"
         shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
-        print(f"step {step:>8}  {elapsed:7.1f} s  {left:6.0f} s left  {shown}", file=sys.stderr, flush=True)
+        print(f"step {step:>8}  {elapsed:7.1f} s  {left_text}  {shown}", file=sys.stderr, flush=True)
         wall_s = time.monotonic() - self.began
         row = {
             "step": step,

@@ -32,6 +32,18 @@ def test_evaluate_prints_the_promised_json_and_figures_draw_it(tmp_path: Path) -
     assert (tmp_path / "figures" / "plotly.min.js").stat().st_size > 1_000_000
 
 
+def test_figures_without_a_file_evaluates_by_itself_and_writes_tables(tmp_path: Path) -> None:
+    arguments = ["figures", "--agents", "8", "--slots", "2", "--seeds", "1", "--out", str(tmp_path)]
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    table = (tmp_path / "placement-8.md").read_text()
+    assert all(f"Fig{part}" in table for part in ("s. 7, 8 and 9", ". 7: training of `hisper-paper`", ". 10: delay"))
+    shown = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("|")]
+    assert {"random", "heuristic", "hasac", "happo", "beam"} < set(shown)
+    assert "exact" not in shown
+    assert "Fig. 10" in (tmp_path / "placement-8.html").read_text()
+
+
 def test_tables_and_the_network_are_shown() -> None:
     result = RUNNER.invoke(app, ["evaluate", "--policy", "beam", "--slots", "2", "--seeds", "1", "--no-gap"])
     assert result.exit_code == 0

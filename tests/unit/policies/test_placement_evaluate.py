@@ -80,7 +80,7 @@ def test_every_shipped_policy_decides_the_papers_setting(name: str) -> None:
     slots = evaluation_slots(NETWORK, load, 20, 1)[0]
     policy = build_policy(name, NETWORK, load)
     outcome = NETWORK.evaluate(slots, policy.decide(slots, np.random.default_rng(0)))
-    if name in ("hisper", "hisper-sequential", "sequential", "beam", "exact-30ms", "convention"):
+    if name not in ("random", "heuristic", "hisper-paper", "hasac", "happo"):
         assert outcome.accepted.mean() > 0.99
 
 
@@ -93,6 +93,18 @@ def test_what_hisper_sequential_learned_beats_the_rule_that_it_starts_from(per_s
         placements = build_policy(name, NETWORK, load).decide(slots, np.random.default_rng(0))
         rewards.append(NETWORK.evaluate(slots, placements).reward.mean())
     assert rewards[1] > rewards[0]
+
+
+@pytest.mark.parametrize("per_service", [4, 5])
+def test_what_blind_agents_learned_beats_the_convention_that_they_started_from(per_service: int) -> None:
+    load = Load(per_service=per_service)
+    slots = evaluation_slots(NETWORK, load, 200, 2)[1]
+    outcomes = [
+        NETWORK.evaluate(slots, build_policy(name, NETWORK, load).decide(slots, np.random.default_rng(0)))
+        for name in ("convention", "prices")
+    ]
+    assert outcomes[1].reward.mean() > outcomes[0].reward.mean()
+    assert (~outcomes[1].accepted).mean() < 0.005
 
 
 def test_hisper_sequential_takes_any_number_of_requests_in_any_order() -> None:
