@@ -46,6 +46,8 @@ def check_head(
     if method != "POST":
         raise Refused(Outcome.INVALID, f"{method} is not allowed here: POST the image as the body", 405)
     content_type = _content_type(headers)
+    if headers.get(b"content-encoding", b"identity") != b"identity":
+        raise Refused(Outcome.INVALID, "Content-Encoding is not accepted here: send the image's own bytes", 415)
     budget_s = _budget_ms(headers, router.spec.requirement_ms) / 1000.0
     check_length(headers.get(b"content-length"), router.spec.max_body_bytes)
     return router, content_type, budget_s
@@ -109,6 +111,8 @@ def _budget_ms(headers: dict[bytes, bytes], requirement_ms: float) -> float:
     try:
         value = float(given)
     except ValueError:
+        value = math.nan
+    if b"_" in given:  # Python's own
         value = math.nan
     if not 0.0 < value <= LONGEST_DEADLINE_MS:
         shown = given[:40].decode("latin-1")

@@ -4,6 +4,7 @@ After every test an ordinary request must be answered, the gateway must have cou
 the gateway nor the worker may have grown.
 """
 
+import gzip
 import io
 import random
 import socket
@@ -204,11 +205,21 @@ def test_damaged_pictures_are_never_the_servers_fault(system: RunningSystem) -> 
 # headers and paths
 
 
-@pytest.mark.parametrize("value", ["soon", "", "-5", "0", "nan", "inf", "1e999", "600001", "0x10", "1,5", "\xb2"])
+@pytest.mark.parametrize(
+    "value", ["soon", "", "-5", "0", "nan", "inf", "1e999", "600001", "0x10", "1,5", "1_000", "\xb2"]
+)
 def test_a_nonsense_deadline_is_refused(system: RunningSystem, value: str) -> None:
     answer = post(system, picture("png"), f"x-deadline-ms: {value}")
     assert answer.status == 400
     assert "X-Deadline-Ms" in answer.json["error"]
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "identity, gzip"])
+def test_an_encoded_body_is_415_and_identity_is_none(system: RunningSystem, coding: str) -> None:
+    answer = post(system, gzip.compress(picture("png")), f"content-encoding: {coding}")
+    assert answer.status == 415
+    assert "Content-Encoding" in answer.json["error"]
+    assert post(system, picture("png"), "content-encoding: identity").status == 200
 
 
 def test_a_deadline_that_cannot_be_met_expires(system: RunningSystem) -> None:
