@@ -39,7 +39,7 @@ def post(
     try:
         wanted = read_deployment(file).desired_state()
         if not board:
-            raise DeploymentError("board is empty: give --board or set TIDEGATE_REDIS_URL (redis://host:port/0)")
+            raise DeploymentError("no board is given: name it with --board or TIDEGATE_REDIS_URL (redis://host:port/0)")
         asyncio.run(_post(wanted, board, keep, patience_s))
     except (DeploymentError, ConnectionError) as error:
         typer.echo(f"tidegate post: {error}", err=True)

@@ -21,6 +21,7 @@ from rich.console import Console
 from gateway.arrivals import ArrivalsPage
 from loadgen.traces import Trace, write_trace
 from policies.routing.workload import Arrivals
+from tidegate.running import GatewayError, in_words, whole_url
 
 POLL_EVERY_S: Final = 0.5
 CONNECTIONS_TRIED: Final = 16
@@ -66,7 +67,7 @@ class Recorder:
 
 
 def record(
-    url: Annotated[str, typer.Option(help="The gateway.")] = "http://127.0.0.1:8700",
+    url: Annotated[str, typer.Option(help="The gateway, as http://host:port or host:port.")] = "http://127.0.0.1:8700",
     service: Annotated[str, typer.Option(help="Only this service's arrivals; all of them if not given.")] = "",
     duration_s: Annotated[float | None, typer.Option(min=0.1, help="Length; until Ctrl-C if not given.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="The trace (CSV) to write.")] = Path("trace.csv"),
@@ -77,12 +78,14 @@ def record(
     Example: tidegate record --service digits --duration-s 60 -o monday.csv && tidegate compare --workload monday.csv
     """
     console = Console(stderr=True)
+    if not out.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {out.absolute().parent}", param_hint="--out")
     try:
-        recorder, length_s = asyncio.run(_record(url.rstrip("/"), service, duration_s, console))
+        recorder, length_s = asyncio.run(_record(whole_url(url), service, duration_s, console))
         trace = recorder.trace(length_s)
         write_trace(out, trace)
-    except (RecordError, OSError) as error:
-        console.print(f"tidegate record: {error}", style="red", markup=False, highlight=False)
+    except (RecordError, GatewayError, OSError) as error:
+        console.print(f"tidegate record: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     if recorder.lost:
         console.print(f"{recorder.lost} arrivals were lost: the gateway keeps only the latest", style="yellow")
@@ -160,7 +163,9 @@ class _Link:
                     return
         except (aiohttp.ClientError, TimeoutError) as error:
             if time.monotonic() - self._answered_s > PATIENCE_S:
-                raise RecordError(f"no gateway answers at {self._url} ({error}): start one with tidegate up") from error
+                raise RecordError(
+                    f"no gateway answers at {self._url} ({in_words(error)}): start one with tidegate up"
+                ) from error
 
 
 async def find_gateways(url: str, stack: contextlib.AsyncExitStack) -> list[_Link]:
@@ -175,7 +180,7 @@ async def find_gateways(url: str, stack: contextlib.AsyncExitStack) -> list[_Lin
         try:
             link.gateway = (await link.page(-1)).gateway
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise RecordError(f"no gateway answers at {url} ({error}): start one with tidegate up") from error
+            raise RecordError(f"no gateway answers at {url} ({in_words(error)}): start one with tidegate up") from error
         if link.gateway in found:
             await session.close()
         else:

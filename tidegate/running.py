@@ -5,6 +5,7 @@
 
 import asyncio
 import contextlib
+import os
 import time
 from types import TracebackType
 from typing import Any, Final, Self
@@ -66,7 +67,9 @@ class RunningGateway:
             async with self._session.request(method, self.url + path, data=body) as response:
                 answer = await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
-            raise GatewayError(f"no gateway answers at {self.url} ({error}): start one with tidegate up") from error
+            raise GatewayError(
+                f"no gateway answers at {self.url} ({in_words(error)}): start one with tidegate up"
+            ) from error
         if response.status != 200:
             with contextlib.suppress(msgspec.MsgspecError, KeyError, TypeError):
                 said = str(msgspec.json.decode(answer)["error"])
@@ -191,6 +194,15 @@ class RunningGateway:
                     if view["ready"]:
                         lengths.setdefault(view["id"], []).append((time.monotonic() - started_s, view["length"]))
             await asyncio.sleep(SAMPLE_EVERY_S)
+
+
+def in_words(error: Exception) -> str:
+    """In a person's words: what the system said, without what aiohttp knows of the connection."""
+    if isinstance(error, TimeoutError):
+        return "it takes too long"
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno) if error.errno > 0 else str(error.strerror)  # below 0: of looking up a name
+    return str(error)
 
 
 def whole_url(text: str) -> str:

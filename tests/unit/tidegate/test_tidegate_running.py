@@ -8,7 +8,7 @@ import pytest
 
 from loadgen.payloads import Payload
 from tidegate import running
-from tidegate.running import GatewayError, PhaseHint, RouterUnusable, RunningGateway, whole_url
+from tidegate.running import GatewayError, PhaseHint, RouterUnusable, RunningGateway, in_words, whole_url
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,13 @@ def test_an_address_may_leave_out_http(given: str, url: str) -> None:
 def test_what_is_no_address_is_said_so(given: str) -> None:
     with pytest.raises(GatewayError, match="no address of a gateway: write it as http://"):
         whole_url(given)
+
+
+def test_what_went_wrong_is_told_in_words() -> None:
+    assert in_words(TimeoutError()) == "it takes too long"
+    assert in_words(ConnectionRefusedError(111, "Connect call failed ('127.0.0.1', 9)")) == "Connection refused"
+    assert in_words(OSError(-2, "Name or service not known")) == "Name or service not known"
+    assert in_words(ValueError("odd")) == "odd"
 
 
 class Scripted(RunningGateway):
