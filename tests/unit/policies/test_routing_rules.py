@@ -146,6 +146,7 @@ def test_batches_follow_section_5_2_2(waiting: int, minimum: int, maximum: int, 
         ((0.043, 0.0946, 0.1462), 1, 0.6, 3),
         ((0.043, 0.0946, 0.1462), 1, 0.3, 1),
         ((0.043, 0.0946, 0.1462), 7, 0.3, 5),  # seven one by one are late anyhow
+        ((0.0115, 0.0253, 0.0391), 1, 0.05, 5),  # a short batch is safe at any margin
         ((0.043, 0.129, 0.215), 7, 1.0, 1),  # batches that save nothing
         ((0.043, 0.09, 0.16), 1, 1.0, 3),  # five save less than three
         ((0.043, 0.14, 0.15), 1, 1.0, 5),  # three save nothing, five do
