@@ -227,6 +227,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"Device: {report['device']}. torch {report['torch']}, Python {report['python']}, {report['date']}.",
         f"Measured peaks: {', '.join(f'{key} {value:.1f}' for key, value in report['rates'].items())}.",
         "Random weights: times do not depend on them, answers mean nothing.",
+        "A floor above a median says that the peaks were measured too low: other programs were using the device.",
         "",
         "| model | runtime | batch | median ms | p98 ms | images/s | floor ms |",
         "|---|---|---|---|---|---|---|",
