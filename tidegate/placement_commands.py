@@ -29,7 +29,7 @@ errors = Console(stderr=True)
 OPTIMA = Path("results/placement_optima.json")
 WRONG = (GraphError, TableError, PlacementError, ArtifactError, ValueError)
 
-Graph = Annotated[str, typer.Option(help="eua16, eua16:SEED, geometric:SEED, or FILE.csv:SEED in the EUA format")]
+Graph = Annotated[str, typer.Option(help="eua16[-bandwidths]:SEED, geometric:SEED, or FILE.csv:SEED in the EUA format")]
 Tables = Annotated[list[Path] | None, typer.Option("--table", help="service tables instead of the shipped two")]
 
 

@@ -7,7 +7,7 @@ graph from the paper's sets with a seed (the paper leaves open whether once or p
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -209,13 +209,20 @@ def pick_connected(positions: FloatArray, count: int, seed: int, radius_km: floa
 
 
 def named_graph(name: str) -> EdgeGraph:
-    """A graph by name: `eua16`, `eua16:SEED`, `geometric:SEED` (16 random sites) or `FILE.csv:SEED` (EUA format)."""
+    """A graph by name: `eua16`, `eua16:SEED`, `geometric:SEED` (16 random sites) or `FILE.csv:SEED` (EUA format).
+
+    `eua16-bandwidths:SEED` is `eua16` with nothing but its links' bandwidths drawn anew.
+    """
     base, _, tail = name.rpartition(":") if ":" in name else (name, "", "0")
     if not tail.isdigit():
         raise GraphError(f"graph {name!r}: the part after ':' is a seed, a whole number")
     seed = int(tail)
     if base == "eua16":
         return eua16(seed)
+    if base == "eua16-bandwidths":
+        drawn = np.random.default_rng([seed, 1])
+        kept = eua16(0)
+        return replace(kept, bandwidth_mbps=drawn.choice(BANDWIDTHS_MBPS, len(kept.links)))
     if base == "geometric":
         # Sites at random over the same area and density as EUA16: a graph that no policy has seen.
         rng = np.random.default_rng(seed)
@@ -225,7 +232,9 @@ def named_graph(name: str) -> EdgeGraph:
     elif base.endswith(".csv"):
         names, positions = read_eua(Path(base))
     else:
-        raise GraphError(f"graph {name!r} is unknown; use eua16, eua16:SEED, geometric:SEED or FILE.csv:SEED")
+        raise GraphError(
+            f"graph {name!r} is unknown; use eua16, eua16:SEED, eua16-bandwidths:SEED, geometric:SEED or FILE.csv:SEED"
+        )
     picked = pick_connected(positions, 16, seed)
     return graph_from_sites([names[i] for i in picked], positions[picked], seed)
 

@@ -188,6 +188,10 @@ def test_graphs_by_name_and_from_any_eua_file(tmp_path: Path) -> None:
     assert read_eua(file)[1].shape == (80, 2)
     for name in ("eua16:3", "geometric:1", f"{file}:2"):
         assert named_graph(name).nodes == 16
+    redrawn, original = named_graph("eua16-bandwidths:3"), named_graph("eua16")
+    assert (redrawn.bandwidth_mbps != original.bandwidth_mbps).any()
+    for kept in ("links", "tflops", "memory_mb", "uplink_mbps", "positions"):
+        np.testing.assert_array_equal(getattr(redrawn, kept), getattr(original, kept))
     with pytest.raises(GraphError, match="not an EUA site file"):
         read_eua(Path(__file__))
     for name in ("mars", "eua16:x"):
