@@ -142,7 +142,10 @@ def finding(runs: Sequence[RouterRun]) -> str:
         said = f"{name} answered {_overall(best, key):.1%} of all requests correctly and in time; {violations}."
     if len(ranked) > 1:
         gap = abs(_overall(best, key) - _overall(ranked[1], key))
-        said += f" Next comes {html.escape(ranked[1].name)}, {gap * 100:.1f} points behind"
+        second = html.escape(ranked[1].name)
+        if gap == 0.0:
+            return f"{said} {second} did as well."
+        said += f" Next comes {second}, {gap * 100:.1f} points behind"
         said += f": within chance for {len(best.record):,} requests." if gap < _chance(best, ranked[1], key) else "."
     return said
 

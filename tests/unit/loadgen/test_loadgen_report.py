@@ -195,7 +195,8 @@ def test_the_finding_names_the_best_and_says_when_it_is_chance(trace: Trace) -> 
     assert said.startswith("<strong>good</strong>")
     gap = 100 * (good.scores["overall"]["goodput_ratio"] or 0) - 100 * (bad.scores["overall"]["goodput_ratio"] or 0)
     assert f"bad, {gap:.1f} points behind." in said
-    assert "within chance" in finding([good, run_of(trace, "twin", right=0.95)])
+    assert finding([good, run_of(trace, "twin", right=0.95)]).endswith(" twin did as well.")
+    assert "within chance" in finding([good, run_of(trace, "near", right=0.945)])
 
 
 def test_a_stopped_run_says_so(trace: Trace) -> None:
