@@ -62,7 +62,13 @@ class GuardedConnection(HttpToolsProtocol):
         if self._refused:
             return
         heads = self._heads
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as stop:
+            self._decline_upgrade(data[stop.args[0] :])
+        except httptools.HttpParserError:
+            self.send_400_response("")
         # Only a head that was open before these bytes, and still is, is known to consist of all of them; in others
         # they may be the body before it. So an endless head is noticed one chunk later, and a body never is one.
         if self._head_timer is not None and heads == self._heads:
@@ -80,6 +86,8 @@ class GuardedConnection(HttpToolsProtocol):
             self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # the parser stops here: `_decline_upgrade` goes on
         self._stop_timer()
         if self._refused:
             return
@@ -102,13 +110,29 @@ class GuardedConnection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
-        if self._refused:
+        if self._refused or self.parser.should_upgrade():
             return
         latest: RequestResponseCycle | Exchange = self.cycle
         if isinstance(latest, Exchange):
             latest.complete()
         else:
             super().on_message_complete()
+
+    def _decline_upgrade(self, rest: bytes) -> None:
+        """Serves a request that offers another protocol (h2c, WebSocket) as if it had not; `rest` follows its head.
+
+        A server may ignore such an offer, and some HTTP clients make it with every first request. The parser would
+        take what follows for the other protocol, so a fresh one gets the head without the offer.
+        """
+        method = self.parser.get_method()
+        if method == b"CONNECT":
+            self._refuse(405, "this is no proxy")
+            return
+        kept = (b"%b: %b\r\n" % one for one in self.headers if one[0] not in (b"upgrade", b"connection"))
+        version = self.parser.get_http_version().encode()
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.data_received(b"%b %b HTTP/%b\r\n%b\r\n%b" % (method, self.url, version, b"".join(kept), rest))
 
     # exchanges
 

@@ -15,6 +15,7 @@ class ScriptedPeer:
     def __init__(self) -> None:
         self.up = True
         self.asked: dict[int, Infer] = {}
+        self.payloads: dict[int, bytes] = {}
         self.cancelled: list[int] = []
         self._waiting: dict[int, OnReply] = {}
 
@@ -30,6 +31,7 @@ class ScriptedPeer:
         assert isinstance(meta, Infer)
         number = len(self.asked) + 1
         self.asked[number] = meta
+        self.payloads[number] = payload
         self._waiting[number] = on_reply
         return number
 

@@ -465,6 +465,35 @@ def test_the_connection_lives_as_long_as_the_client_wants(version: str, header: 
     run(body)
 
 
+@pytest.mark.parametrize("cut", [1, 7, 60, 10_000])
+def test_an_offer_of_another_protocol_is_ignored_and_the_body_is_kept(cut: int) -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light")
+        gateway = gateway_over(fleet)
+        offer = {"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c", "http2-settings": "AAMAAABkAARAAAAA"}
+        client, plain = Client(b"an image", offer).connect(gateway), Client()
+        both = client.request + plain.request
+        for start in range(0, len(both), cut):
+            client.send(both[start : start + cut])
+        fleet["a"].reply(Attempt.OK, payload=b'{"predictions":[]}')
+        fleet["a"].reply(Attempt.OK, payload=b'{"predictions":[]}')
+        assert client.socket.written.count(b"HTTP/1.1 200 OK") == 2
+        assert list(fleet["a"].payloads.values()) == [b"an image", b"body"]
+        assert not client.socket.closed
+        assert tally(gateway) == {"OK": 2}
+
+    run(body)
+
+
+def test_this_is_no_proxy() -> None:
+    async def body() -> None:
+        client = Client(b"", path="example.org:443", method="CONNECT").ask(gateway_over(ScriptedFleet("uniform")))
+        assert client.status == 405
+        assert client.socket.closed
+
+    run(body)
+
+
 def test_the_answer_to_head_has_no_body() -> None:
     async def body() -> None:
         client = Client(b"", method="HEAD").ask(gateway_over(ScriptedFleet("uniform", a="light")))
