@@ -168,7 +168,7 @@ async def _compare(plan: Plan) -> tuple[bool, dict[str, str]]:
     async with RunningGateway(plan.url, plan.admin_token) as gateway:
         service = plan.service or await _only_service(gateway)
         before = await gateway.service(service)
-        payloads = parse_payloads(plan.payload or _usual_payload(service), DIGITS_SPLIT, plan.seed)
+        payloads = parse_payloads(plan.payload or usual_payload(service), DIGITS_SPLIT, plan.seed)
         requirement_ms = await _requirement_ms(gateway, service)
         options = SendOptions(timeout_s=plan.timeout_s, seed=plan.seed, report_phase=True)
         runs: list[RouterRun] = []
@@ -286,5 +286,6 @@ async def _requirement_ms(gateway: RunningGateway, service: str) -> float | None
         return None
 
 
-def _usual_payload(service: str) -> str:
+def usual_payload(service: str) -> str:
+    """What is sent to a service when nothing else is asked for."""
     return "digits" if service == "digits" else "emulated:1000"

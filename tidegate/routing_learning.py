@@ -20,7 +20,7 @@ from protocol.records import RouterChoice
 from tidegate.deployed_service import deployed_service, service_model
 from tidegate.live_measuring import measure_instances, recorded_arrivals
 from tidegate.record_command import RecordError
-from tidegate.replay_commands import DIGITS_SPLIT
+from tidegate.replay_commands import DIGITS_SPLIT, usual_payload
 from tidegate.routing_inputs import (
     WRONG,
     Instances,
@@ -168,9 +168,7 @@ async def _measured(live: Live, workload: str, out: Path, tell: Any) -> Subject:
                 )
             workload = str(out / "trace.csv")
             write_trace(out / "trace.csv", trace)
-        payloads = parse_payloads(
-            live.payload or ("digits" if name == "digits" else "emulated:1000"), DIGITS_SPLIT, seed=1
-        )
+        payloads = parse_payloads(live.payload or usual_payload(name), DIGITS_SPLIT, seed=1)
         tell("measuring", 0.0)
         found = await measure_instances(
             gateway.url, state, live.measure_s, payloads, live.catalog,

@@ -21,15 +21,16 @@ from rich.table import Table
 
 from loadgen.answers import Outcome
 from loadgen.console import live_progress
-from loadgen.payloads import emulated
+from loadgen.payloads import PayloadError, PayloadSet, parse_payloads
 from loadgen.record import RunRecord
 from loadgen.score import details
 from loadgen.sender import LEAD_S, Progress, SendOptions, run_on_uvloop
 from loadgen.traces import Trace, parse_workload
+from models.catalog import VariantError
 from policies.routing.contract import RoutingError
 from protocol.deployment import DeploymentError, DeploymentFile, read_deployment
 from tidegate.deployed_service import deployed_service, the_service
-from tidegate.replay_commands import stop_on_interrupt
+from tidegate.replay_commands import DIGITS_SPLIT, stop_on_interrupt, usual_payload
 from tidegate.routing_inputs import WRONG, AsJson, Seed, fail
 from tidegate.running import GatewayError, RunningGateway
 from tidegate.supervisor import Supervisor, free_port
@@ -83,6 +84,8 @@ def sim_equals_live(
     workload: Annotated[str, typer.Option(help="paper, periodic, poisson:RATE, or a trace as CSV.")] = "paper",
     duration_s: Annotated[float, typer.Option(help="Length of the trace; each router takes as long.")] = 600.0,
     time_scale: Annotated[float, typer.Option(help="Multiplies the workload's holding times.")] = 0.1,
+    service: Annotated[str, typer.Option(help="Service of the file; the only one if there is only one.")] = "",
+    payload: Annotated[str, typer.Option(help="What is sent, as in tidegate replay.")] = "",
     profile: Annotated[Path | None, typer.Option(help="Profile file, for variants that are not emulated.")] = None,
     repetitions: Annotated[int, typer.Option(min=2, help="Runs of the simulator.")] = 40,
     seed: Seed = 1,
@@ -94,10 +97,16 @@ def sim_equals_live(
     """
     try:
         deployment = read_deployment(file)
-        service = deployed_service(deployment, profiles=profile)
+        name = the_service(deployment, service)
+        model = deployed_service(deployment, name, profile)
+        payloads = parse_payloads(payload or usual_payload(name), DIGITS_SPLIT, seed)
         trace = parse_workload(workload, seed=seed, duration_s=duration_s, time_scale=time_scale)
-        found = [_compared(deployment, service, name, trace, repetitions, seed) for name in routers.split(",")]
-    except (*WRONG, DeploymentError, GatewayError, StartFailed, OSError) as error:
+        found = []
+        for router in routers.split(","):
+            record, started_s = run_on_uvloop(_live(deployment, name, router, trace, payloads))
+            shift_s = started_s % deployment.scheduler.slot_s
+            found.append(_compared(model, router, trace, record, shift_s, repetitions, seed))
+    except (*WRONG, DeploymentError, VariantError, PayloadError, GatewayError, StartFailed, OSError) as error:
         raise fail(error) from error
     if json_output:
         rows = [{**asdict(one), "goodput_gap": one.goodput_gap, "violation_gap": one.violation_gap} for one in found]
@@ -108,11 +117,10 @@ def sim_equals_live(
 
 
 def _compared(
-    file: DeploymentFile, service: "ServiceModel", router: str, trace: Trace, repetitions: int, seed: int
+    service: "ServiceModel", router: str, trace: Trace, record: RunRecord, shift_s: float, repetitions: int, seed: int
 ) -> Comparison:
-    record, started_s = run_on_uvloop(_live(file, router, trace))
+    """The run beside the simulator's; the trace began `shift_s` after a slot's start."""
     accuracy = {kind.variant: kind.accuracy for kind in service.kinds}
-    shift_s = started_s % file.scheduler.slot_s
     simulated = _simulated(service, router, trace, shift_s, repetitions, seed)
     phases = ("overall", *trace.arrivals.phase_names)
     return Comparison(
@@ -126,9 +134,10 @@ def _compared(
     )
 
 
-async def _live(file: DeploymentFile, router: str, trace: Trace) -> tuple[RunRecord, float]:
+async def _live(
+    file: DeploymentFile, name: str, router: str, trace: Trace, payloads: PayloadSet
+) -> tuple[RunRecord, float]:
     """The run, and when its time zero was on the monotonic clock."""
-    name = the_service(file)
     services = {**file.services, name: msgspec.structs.replace(file.services[name], router=router)}
     own = with_address(msgspec.structs.replace(file, services=services), None, free_port())
     supervisor = Supervisor(own)
@@ -150,7 +159,7 @@ async def _live(file: DeploymentFile, router: str, trace: Trace) -> tuple[RunRec
                     started_s = time.monotonic() - progress.now_s
                 show(progress)
 
-            run = await gateway.replay(name, router, trace, emulated(), SendOptions(), tell, stop_on_interrupt())
+            run = await gateway.replay(name, router, trace, payloads, SendOptions(), tell, stop_on_interrupt())
     if run.record.interrupted:
         raise RoutingError("interrupted")
     return run.record, started_s
