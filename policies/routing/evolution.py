@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from policies.routing.contract import FloatArray
-from policies.routing.per_request import WEIGHTS, first_weights, load_weights, save_weights
+from policies.routing.per_request import OUT, PAST, WEIGHTS, first_weights, load_weights, save_weights
 from policies.routing.presets import paper_service
 from policies.routing.queueing_model import PERIODIC, ArrivalModel, build, paper_arrivals
 from policies.routing.scores import Scores, scores_of
@@ -130,8 +130,8 @@ def print_comparison(weights: FloatArray, slots: int, seed: int) -> None:
 def steps() -> FloatArray:
     """How far each weight moves at a time: those past the hidden layer carry the forecast and are large."""
     scale = np.ones(WEIGHTS)
-    scale[:64] = 0.5
-    scale[72:] = 4.0
+    scale[:OUT] = 0.5
+    scale[PAST:] = 4.0
     return scale
 
 

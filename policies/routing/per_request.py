@@ -22,9 +22,14 @@ FEATURES, HIDDEN = 7, 8
 WEIGHTS = HIDDEN * FEATURES + HIDDEN + HIDDEN + FEATURES + 1
 """Hidden weights [HIDDEN, FEATURES], hidden biases, output weights, weights past the hidden layer, output bias."""
 
+BIAS = HIDDEN * FEATURES
+OUT = BIAS + HIDDEN
+PAST = OUT + HIDDEN
+OUT_BIAS = PAST + FEATURES
+"""Where each part of the weights begins."""
+
 RATE_PER_S, LAST_S, SQUARED_CV = 2, 3, 4
-REQUEST_STATE = 5
-"""A decider's state: [margin, promise] as in `estimation.py`, then the three above."""
+"""Places in a decider's state, [margin, promise, ...]: the first two as in `estimation.py`."""
 RATE_SPAN_S = 0.5
 """Arrivals are counted with weights that fall by 1/e in this time."""
 
@@ -36,14 +41,14 @@ def new_state(margin: float, promise: float) -> list[float]:
 
 def note_arrival(now_s: float, state: Indexable) -> None:
     """A request has come: the recent arrival rate follows."""
-    state[2] = state[2] * math.exp((state[3] - now_s) / 0.5) + 2.0
-    state[3] = now_s
+    state[RATE_PER_S] = state[RATE_PER_S] * math.exp((state[LAST_S] - now_s) / RATE_SPAN_S) + 1.0 / RATE_SPAN_S
+    state[LAST_S] = now_s
 
 
 def learn_spread(observed_s: float, expected_s: float, state: Indexable, rate: float) -> None:
     """A service time was observed: the squared coefficient of variation follows."""
     off = observed_s / expected_s - 1.0
-    state[4] += rate * (off * off - state[4])
+    state[SQUARED_CV] += rate * (off * off - state[SQUARED_CV])
 
 
 def learned_request(
@@ -65,8 +70,8 @@ def learned_request(
     drawn start, so that gateways with one stale view do not all pick the same.
     """
     n = len(capacity)
-    load = math.log(1.0 + state[2] * budget_s / n) / 3.0
-    cv = min(math.sqrt(state[4]), 2.0)
+    load = math.log(1.0 + state[RATE_PER_S] * budget_s / n) / 3.0
+    cv = min(math.sqrt(state[SQUARED_CV]), 2.0)
     lightest = 1
     for i in range(n):
         if rank[i] > lightest:
@@ -90,13 +95,14 @@ def learned_request(
                 x1 = service_s[i] / budget_s
                 x2 = min(length[i] / 8.0, 2.0)
                 x3 = rank[i] / lightest
-                out = weights[79] + weights[72] * x0 + weights[73] * x1 + weights[74] * x2 + weights[75] * x3
-                out += weights[76] * load + weights[77] * cv + weights[78] * state[0]
-                for h in range(8):
-                    k = 7 * h
-                    a = weights[56 + h] + weights[k] * x0 + weights[k + 1] * x1 + weights[k + 2] * x2
+                out = weights[OUT_BIAS] + weights[PAST] * x0 + weights[PAST + 1] * x1 + weights[PAST + 2] * x2
+                out += weights[PAST + 3] * x3 + weights[PAST + 4] * load + weights[PAST + 5] * cv
+                out += weights[PAST + 6] * state[0]
+                for h in range(HIDDEN):
+                    k = FEATURES * h
+                    a = weights[BIAS + h] + weights[k] * x0 + weights[k + 1] * x1 + weights[k + 2] * x2
                     a += weights[k + 3] * x3 + weights[k + 4] * load + weights[k + 5] * cv + weights[k + 6] * state[0]
-                    out += weights[64 + h] * math.tanh(a)
+                    out += weights[OUT + h] * math.tanh(a)
                 value = accuracy[i] / (1.0 + math.exp(-out))
                 if chosen < 0 or value > best:
                     chosen = i
@@ -108,8 +114,8 @@ def learned_request(
 def first_weights(rng: np.random.Generator) -> FloatArray:
     """Weights that behave much like `deadline`: in time if the forecast is within the margin; hidden layer unused."""
     weights = np.zeros(WEIGHTS)
-    weights[: HIDDEN * FEATURES] = rng.normal(0.0, 0.5, HIDDEN * FEATURES)
-    weights[72], weights[78], weights[79] = -20.0, 20.0, 3.0
+    weights[:BIAS] = rng.normal(0.0, 0.5, BIAS)
+    weights[PAST], weights[OUT_BIAS - 1], weights[OUT_BIAS] = -20.0, 20.0, 3.0
     return weights
 
 
@@ -119,9 +125,9 @@ class RequestNetwork:
     def __init__(self, weights: FloatArray, rank: Indexable, accuracy: Indexable) -> None:
         if weights.shape != (WEIGHTS,) or not np.isfinite(weights).all():
             raise RoutingError(f"weights of shape {weights.shape}: {WEIGHTS} finite numbers are needed")
-        self._hidden = np.ascontiguousarray(weights[:56].reshape(HIDDEN, FEATURES).T)
-        self._hidden_bias, self._out, self._past = weights[56:64], weights[64:72], weights[72:79]
-        self._bias = float(weights[79])
+        self._hidden = np.ascontiguousarray(weights[:BIAS].reshape(HIDDEN, FEATURES).T)
+        self._hidden_bias, self._out, self._past = weights[BIAS:OUT], weights[OUT:PAST], weights[PAST:OUT_BIAS]
+        self._bias = float(weights[OUT_BIAS])
         self._accuracy = np.asarray(accuracy, dtype=np.float64)
         self._x = np.zeros((len(self._accuracy), FEATURES))
         self._x[:, 3] = np.asarray(rank) / max(1, *rank)
@@ -143,8 +149,8 @@ class RequestNetwork:
         x[:, 0] = np.minimum(sojourn_s / budget_s, 2.0)
         x[:, 1] = added_s / budget_s
         x[:, 2] = np.minimum(held / 8.0, 2.0)
-        x[:, 4] = math.log(1.0 + state[2] * budget_s / n) / 3.0
-        x[:, 5] = min(math.sqrt(state[4]), 2.0)
+        x[:, 4] = math.log(1.0 + state[RATE_PER_S] * budget_s / n) / 3.0
+        x[:, 5] = min(math.sqrt(state[SQUARED_CV]), 2.0)
         x[:, 6] = state[0]
         out = self._bias + x @ self._past + np.tanh(x @ self._hidden + self._hidden_bias) @ self._out
         value = np.where(open_, self._accuracy / (1.0 + np.exp(-out)), -1.0)
