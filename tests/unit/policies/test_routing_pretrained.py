@@ -14,6 +14,8 @@ from policies.routing.presets import PAPER_KINDS, paper_service, workload
 
 SHIPPED = sorted(p for p in PRETRAINED.glob("routing-*.json") if not p.stem.endswith("-curve"))
 
+FOR_LATENCIES = sorted((PRETRAINED / "latency").glob("*.json"))
+
 
 def test_the_partially_observable_router_is_shipped() -> None:
     assert PRETRAINED / "routing-learned-po.json" in SHIPPED
@@ -38,3 +40,14 @@ def test_it_still_scores_near_what_was_written_down(path: Path) -> None:
     found = evaluate(policy.name, paper_service(), workload(name), slots=15_000, seed=5, policy=policy).scores
     assert found["overall_50_50"].goodput_ratio > 0.786
     assert found["overall_50_50"].violation_ratio < 0.022
+
+
+@pytest.mark.parametrize("path", FOR_LATENCIES, ids=lambda p: p.stem)
+def test_policies_for_other_latencies_beat_light_only_there(path: Path) -> None:
+    policy = load_policy(path, PAPER_KINDS)
+    requirement_s = int(path.stem.rsplit("-", 1)[1]) / 1000.0
+    assert f"--requirement-ms {1000 * requirement_s:.0f} " in json.loads(path.read_text())["training"]["command"]
+    found = evaluate(
+        policy.name, paper_service(requirement_s), workload("paper"), slots=15_000, seed=5, policy=policy
+    ).scores
+    assert found["overall_50_50"].goodput_ratio > 0.777
