@@ -11,8 +11,8 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final
 
-from gateway.dispatch import ClientGone, Refused
 from gateway.multipart import first_file
+from gateway.request import ClientGone, Refused
 from gateway.router import ServiceRouter
 from protocol.outcomes import Outcome
 

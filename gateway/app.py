@@ -17,10 +17,10 @@ from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from gateway.admission import Receive, Scope, check_length, read_body
-from gateway.dispatch import ClientGone, Refused
 from gateway.document import INTRODUCTION, TAGS, complete
 from gateway.handle import Gateway, GatewayStatistics
 from gateway.oip import OpenInference
+from gateway.request import ClientGone, Refused
 from gateway.responses import Send
 from gateway.router import ROUTERS
 from protocol.board import BOARD_ERRORS

@@ -16,8 +16,8 @@ from urllib.parse import unquote
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from gateway.admission import check_head, image_of, request_id, too_large, too_slow
-from gateway.dispatch import Answered, ClientGone, End, Request
 from gateway.handle import PREFIX, Gateway
+from gateway.request import Answered, ClientGone, End, Request
 from gateway.responses import answer_body, refusal
 from gateway.router import ServiceRouter
 from protocol.outcomes import Outcome

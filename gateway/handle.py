@@ -16,21 +16,13 @@ import msgspec
 from gateway.admission import Receive, Uploads
 from gateway.arrivals import Arrivals
 from gateway.config import GatewayConfig
-from gateway.dispatch import (
-    Answered,
-    AnswerTimeout,
-    ClientGone,
-    Dispatcher,
-    DispatchStatistics,
-    End,
-    Refused,
-    Request,
-)
+from gateway.dispatch import Dispatcher, DispatchStatistics
 from gateway.exposition import Exposition
 from gateway.fleet import Fleet
 from gateway.inferences import Inferences
 from gateway.metrics import UNKNOWN, GatewayMetrics
 from gateway.presence import Presence
+from gateway.request import Answered, AnswerTimeout, ClientGone, End, Refused, Request
 from gateway.responses import Send
 from gateway.router import RouterStatistics, ServiceRouter
 from protocol.board import Board

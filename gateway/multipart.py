@@ -3,7 +3,7 @@
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
-from gateway.dispatch import Refused
+from gateway.request import Refused
 from protocol.outcomes import Outcome
 
 MOST_EMPTY_PARTS = 100

@@ -19,7 +19,6 @@ from urllib.parse import parse_qs
 import msgspec
 
 from gateway.admission import Receive, Scope, check_length, read_body, request_id
-from gateway.dispatch import ClientGone, Refused
 from gateway.handle import Gateway
 from gateway.oip_call import OipCall
 from gateway.oip_encoding import chosen_coding, compress, decompress
@@ -27,6 +26,7 @@ from gateway.oip_models import VERSION, Model, all_models, find_model
 from gateway.oip_repository import index, set_loaded
 from gateway.oip_tensors import invalid
 from gateway.presence import presence_of
+from gateway.request import ClientGone, Refused
 from gateway.responses import Send, send_refusal
 from protocol.deployment import few_of
 from protocol.outcomes import Outcome

@@ -10,7 +10,6 @@ from typing import Any, Final
 import msgspec
 
 from gateway.admission import LONGEST_DEADLINE_MS, Receive, Uploads, check_length, read_body, request_id
-from gateway.dispatch import Answered, Refused, Request
 from gateway.oip_encoding import chosen_coding, compress, decompress
 from gateway.oip_models import ALL_SCORES, IMAGE, TOP, VERSION, Model, datatype
 from gateway.oip_tensors import (
@@ -26,6 +25,7 @@ from gateway.oip_tensors import (
     read_infer,
     write_answer,
 )
+from gateway.request import Answered, Refused, Request
 from gateway.responses import Send, send_refusal
 from gateway.router import ServiceRouter
 from protocol.outcomes import Outcome

@@ -3,7 +3,7 @@
 import zlib
 from typing import Final
 
-from gateway.dispatch import Refused
+from gateway.request import Refused
 from protocol.outcomes import Outcome
 
 _GZIP_OR_ZLIB: Final = 32 + zlib.MAX_WBITS

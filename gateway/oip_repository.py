@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import msgspec
 
-from gateway.dispatch import Refused
 from gateway.fleet import Fleet
 from gateway.oip_models import VERSION, Model, all_models
+from gateway.request import Refused
 from protocol.board import BOARD_ERRORS
 from protocol.outcomes import Outcome
 from protocol.records import Deployment, InstanceRecord, InstanceState

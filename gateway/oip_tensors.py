@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import msgspec
 
-from gateway.dispatch import Refused
+from gateway.request import Refused
 from protocol.outcomes import Outcome
 
 FLOATS: Final = {"FP32": "f", "FP16": "e"}

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from gateway.dispatch import Answered, Refused
+from gateway.request import Answered, Refused
 from protocol.outcomes import HTTP_STATUS, Outcome
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]

@@ -7,8 +7,9 @@ from typing import cast
 
 import pytest
 
-from gateway.dispatch import Answered, AnswerTimeout, ClientGone, Dispatcher, Refused, Request
+from gateway.dispatch import Dispatcher
 from gateway.fleet import Fleet
+from gateway.request import Answered, AnswerTimeout, ClientGone, Refused, Request
 from protocol.outcomes import Attempt, Outcome
 from protocol.records import BOUNCE, EXPIRE
 from tests.fakes.scripted_worker import ScriptedFleet

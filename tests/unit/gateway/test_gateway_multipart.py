@@ -6,8 +6,8 @@ from email.policy import HTTP
 
 import pytest
 
-from gateway.dispatch import Refused
 from gateway.multipart import MOST_EMPTY_PARTS, first_file
+from gateway.request import Refused
 from protocol.outcomes import Outcome
 
 FORM = b"multipart/form-data; boundary=xyz"

@@ -16,10 +16,10 @@ import tritonclient.http as triton
 
 from gateway.app import TidegateApp
 from gateway.config import GatewayConfig
-from gateway.dispatch import Answered, Refused, Request
 from gateway.handle import Gateway
 from gateway.oip_document import OIP_PATHS
 from gateway.oip_repository import changed
+from gateway.request import Answered, Refused, Request
 from gateway.router import ServiceRouter
 from protocol.board import Board
 from protocol.outcomes import Attempt, Outcome

@@ -5,8 +5,8 @@ import zlib
 
 import pytest
 
-from gateway.dispatch import Refused
 from gateway.oip_encoding import chosen_coding, compress, decompress
+from gateway.request import Refused
 
 TEXT = b'{"inputs": []}' * 50
 LIMIT = 10_000

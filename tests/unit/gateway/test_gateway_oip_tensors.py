@@ -10,7 +10,6 @@ import numpy.typing as npt
 import pytest
 import tritonclient.http as triton
 
-from gateway.dispatch import Refused
 from gateway.oip_tensors import (
     InputGiven,
     Output,
@@ -21,6 +20,7 @@ from gateway.oip_tensors import (
     read_infer,
     write_answer,
 )
+from gateway.request import Refused
 
 JPEG = b"\xff\xd8\xff\xe0 not really a picture, but no text either \x00\xff"
 NUMBERS = np.random.default_rng(7).normal(size=(1, 3, 4, 5)).astype(np.float32)
