@@ -19,7 +19,7 @@ class ArrivalsPage(msgspec.Struct, frozen=True):
 
     `gateway` differs for every gateway process and every start; `now_s` and `time_s` are seconds since that start.
     `next` is the `since` of the following question; `lost` arrivals after `since` were no longer kept. `services[i]`
-    is what arrived at `time_s[i]`.
+    is what arrived at `time_s[i]`: a service, or the variant that a request was pinned to.
     """
 
     gateway: str

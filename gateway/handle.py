@@ -82,12 +82,12 @@ class Gateway:
 
     # the steps of a life
 
-    def arrived(self, router: ServiceRouter | None) -> float:
-        """A request has come: the time."""
+    def arrived(self, router: ServiceRouter | None, variant: str = "") -> float:
+        """A request has come: the time. One that is pinned to a variant is noted as the variant's: no router's work."""
         now_s = time.monotonic()
         self._arrived += 1
         if router is not None:
-            self.arrivals.add(now_s, router.name)
+            self.arrivals.add(now_s, variant or router.name)
         return now_s
 
     def check_started(self) -> None:
@@ -133,7 +133,7 @@ class Gateway:
     async def serve(self, call: Call, presence: Presence, receive: Receive, send: Send) -> None:
         """The life of one request that came over ASGI."""
         router = call.router
-        arrived_s = now_s = self.arrived(router)
+        arrived_s = now_s = self.arrived(router, call.variant)
         end: End = ClientGone()
         outcome, refused = Outcome.CANCELLED, None
         request: Request | None = None

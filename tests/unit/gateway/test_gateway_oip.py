@@ -422,7 +422,7 @@ def test_arrivals_tell_what_came_and_what_was_lost() -> None:
     surface.infer("small", image())
     surface.call("POST", "/v2/models/nope/infer", b"x")
     page = surface.json("GET", "/v2/tidegate/arrivals?since=0")[1]
-    assert page["services"] == ["pets", "pets"]
+    assert page["services"] == ["pets", "small"], "a pinned request is no router's"
     assert page["gateway"] == start["gateway"]
     assert 0.0 <= page["time_s"][0] <= page["time_s"][1] <= page["now_s"]
     assert surface.json("GET", f"/v2/tidegate/arrivals?since={page['next']}")[1]["services"] == []
