@@ -106,9 +106,9 @@ def latencies(
         print("goodput (violations), percent, 50:50, by required latency in ms")
         print(f"{'router':16s}" + "".join(f"{ms:>16d}" for ms in SWEPT_MS))
         for name in names:
-            even = [p.scores["overall_50_50"] for p in points if p.router == name]
-            cells = (f"{100 * s.goodput_ratio:.2f} ({100 * s.violation_ratio:.2f})" for s in even)
-            print(f"{name:16s}" + "".join(f"{c:>16s}" for c in cells))
+            even = {p.requirement_ms: p.scores["overall_50_50"] for p in points if p.router == name}
+            cells = {ms: f"{100 * s.goodput_ratio:.2f} ({100 * s.violation_ratio:.2f})" for ms, s in even.items()}
+            print(f"{name:16s}" + "".join(f"{cells.get(ms, 'not trained'):>16s}" for ms in SWEPT_MS))
     if out is not None:
         by_name = {
             name: [(p.requirement_ms, p.scores["overall_50_50"].as_dict()) for p in points if p.router == name]

@@ -27,11 +27,15 @@ class Point:
     scores: dict[str, Scores]
 
 
+def _path(router: str, requirement_ms: int) -> Path:
+    if requirement_ms == 300:
+        return PRETRAINED / f"routing-{router}.json"
+    return PRETRAINED / "latency" / f"{router}-{requirement_ms}.json"
+
+
 def artifact_for(router: str, requirement_ms: int) -> Path:
     """The trained policy for a required latency; an error says how to train one."""
-    path = PRETRAINED / f"routing-{router}.json"
-    if requirement_ms != 300:
-        path = PRETRAINED / "latency" / f"{router}-{requirement_ms}.json"
+    path = _path(router, requirement_ms)
     if not path.exists():
         raise RoutingError(
             f"{path} does not exist: no {router} was trained for {requirement_ms} ms; train it with python -m "
@@ -49,12 +53,20 @@ def sweep(
     seed: int,
     progress: Callable[[str, float], None] | None = None,
 ) -> list[Point]:
-    """Every router at every required latency, on the same arrivals; progress(what, share done)."""
+    """Every router at every required latency, on the same arrivals; progress(what, share done).
+
+    A learned router is left out where none was trained, if it was somewhere; an error says how to train one otherwise.
+    """
     found: list[Point] = []
+    for router in routers:
+        if router in LEARNED and not any(_path(router, ms).exists() for ms in latencies_ms):
+            artifact_for(router, latencies_ms[0])
     for router in routers:
         for requirement_ms in latencies_ms:
             if progress is not None:
                 progress(f"{router}, {requirement_ms} ms", len(found) / (len(routers) * len(latencies_ms)))
+            if router in LEARNED and not _path(router, requirement_ms).exists():
+                continue
             policy = load_policy(artifact_for(router, requirement_ms)) if router in LEARNED else None
             result = evaluate(
                 router, paper_service(requirement_ms / 1000.0), paper_arrivals(), slots=slots, seed=seed, policy=policy

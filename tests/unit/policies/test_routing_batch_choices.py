@@ -54,3 +54,10 @@ def test_a_point_of_the_sweep_is_an_evaluation_at_that_latency() -> None:
 def test_a_latency_that_nobody_trained_for_is_named() -> None:
     with pytest.raises(RoutingError, match=r"--requirement-ms 175 .*--start"):
         artifact_for("learned-po", 175)
+
+
+def test_a_learned_router_is_left_out_where_none_was_trained() -> None:
+    points = sweep(("learned-po",), (175, 300), slots=1_000, seed=4)
+    assert [p.requirement_ms for p in points] == [300]
+    with pytest.raises(RoutingError, match="--requirement-ms 175"):
+        sweep(("learned-po",), (175,), slots=1_000, seed=4)
