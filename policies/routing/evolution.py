@@ -202,7 +202,7 @@ def main() -> None:
     checkpoint = options.out / "checkpoint.json"
     if checkpoint.exists():
         search.load(checkpoint)
-    began = time.monotonic()
+    began = time.process_time()
     print(
         f"deadline {fitness(None, 99, 2600.0):.5f}, at the start {fitness(search.weights, 99, 2600.0):.5f}", flush=True
     )
