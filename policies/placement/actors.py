@@ -12,6 +12,7 @@ Unless trained `plain`, actions that the formulas rule out for the agent's own r
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,33 @@ class Artifact:
         """Whether there is one actor per service (any number of requests) instead of one per request."""
         return bool(self.settings["shared"])
 
+    @cached_property
+    def fused(self) -> dict[str, Float32Array]:
+        """The weights arranged for few, larger products: one for all embeddings, one for the cells' shared input.
+
+        Gates that pass through a sigmoid are halved, as sigmoid(x) = (tanh(x / 2) + 1) / 2: one tanh serves all four.
+        """
+        weights = self.weights
+        count, ends = len(weights["embed0.weight"]), np.cumsum([0, *self.groups])
+        sizes = [weights[f"embed{g}.weight"].shape[2] for g in range(len(self.groups))]
+        columns = np.cumsum([0, *sizes])
+        embed = np.zeros((count, ends[-1], columns[-1]), dtype=np.float32)
+        for g in range(len(self.groups)):
+            embed[:, ends[g] : ends[g + 1], columns[g] : columns[g + 1]] = weights[f"embed{g}.weight"]
+        bias = np.concatenate([weights[f"embed{g}.bias"] for g in range(len(self.groups))], axis=2)
+        found = {"embed.weight": embed, "embed.bias": bias}
+        if not self.autoregressive:
+            return found
+        halves = np.repeat(np.array([0.5, 0.5, 1.0, 0.5], dtype=np.float32), self.lstm)
+        cells = [weights[f"cell{d}.weight"] * halves for d in range(len(self.actions))]
+        width = weights["head0.weight"].shape[1]
+        width = cells[0].shape[1] - max(self.actions) - width
+        found["cells.weight"] = np.concatenate([cell[:, :width] for cell in cells], axis=2)
+        found["cells.bias"] = np.concatenate(
+            [weights[f"cell{d}.bias"] * halves for d in range(len(self.actions))], axis=2
+        )
+        return found | {f"carried{d}.weight": cell[:, width:].copy() for d, cell in enumerate(cells)}
+
 
 def load_artifact(path: Path, network: EdgeNetwork) -> Artifact:
     """Read `<path>.json` and `<path>.safetensors` for a network. Raises ArtifactError where they do not fit."""
@@ -87,40 +115,40 @@ def log_probabilities(
     artifact: Artifact, actors: IntArray | slice, observation: Float32Array, masks: list[Float32Array]
 ) -> list[Float32Array]:
     """Log-probabilities (n, B, size) of the three sub-actions from observations (n, B, size) of the named actors."""
+    weights, fused = artifact.weights, artifact.fused
 
-    def apply(name: str, inputs: Float32Array) -> Float32Array:
-        weight = artifact.weights[f"{name}.weight"][actors]
-        return np.asarray(inputs @ weight + artifact.weights[f"{name}.bias"][actors])
+    def apply(store: dict[str, Float32Array], name: str, inputs: Float32Array) -> Float32Array:
+        return np.asarray(inputs @ store[f"{name}.weight"][actors] + store[f"{name}.bias"][actors])
 
-    groups = np.split(observation, np.cumsum(artifact.groups)[:-1], axis=2)
-    features = np.concatenate([np.maximum(apply(f"embed{g}", x), 0) for g, x in enumerate(groups)], axis=2)
+    features = np.maximum(apply(fused, "embed", observation), 0)
     for h in range(artifact.hidden):
-        features = np.maximum(apply(f"hidden{h}", features), 0)
-    head = features.shape[:2]
-    state = np.zeros((*head, artifact.lstm), dtype=np.float32)
-    memory = state
-    previous = np.zeros((*head, max(artifact.actions)), dtype=np.float32)
+        features = np.maximum(apply(weights, f"hidden{h}", features), 0)
+    head, widest, lstm = features.shape[:2], max(artifact.actions), artifact.lstm
+    carried = np.zeros((*head, widest + lstm), dtype=np.float32)  # the previous distribution and the hidden state
+    memory = np.zeros((*head, lstm), dtype=np.float32)
+    gates = apply(fused, "cells", features) if artifact.autoregressive else None
     found = []
     for d, size in enumerate(artifact.actions):
-        if artifact.autoregressive:
-            gates = apply(f"cell{d}", np.concatenate([features, previous, state], axis=2))
-            enter, forget, update, leave = np.split(gates, 4, axis=2)
-            memory = _sigmoid(forget) * memory + _sigmoid(enter) * np.tanh(update)
-            state = _sigmoid(leave) * np.tanh(memory)
-            logits = apply(f"head{d}", state)
+        if gates is not None:
+            own = gates[:, :, 4 * lstm * d : 4 * lstm * (d + 1)]
+            if d > 0:
+                own = np.asarray(own + carried @ fused[f"carried{d}.weight"][actors], dtype=np.float32)
+            gate = np.tanh(own).reshape(*head, 4, lstm)  # enter, forget, update, leave
+            kept, entered = (gate[:, :, 1] + 1.0) * memory, (gate[:, :, 0] + 1.0) * gate[:, :, 2]
+            memory = np.asarray(0.5 * (kept + entered), dtype=np.float32)
+            state = 0.5 * (gate[:, :, 3] + 1.0) * np.tanh(memory)
+            logits = apply(weights, f"head{d}", state)
         else:
-            logits = apply(f"head{d}", features)
+            logits = apply(weights, f"head{d}", features)
         logits = logits + masks[d]
         logits = logits - logits.max(axis=2, keepdims=True)
-        log_probs = logits - np.log(np.exp(logits).sum(axis=2, keepdims=True))
-        previous = np.zeros_like(previous)
-        previous[:, :, :size] = np.exp(log_probs)
-        found.append(log_probs)
+        odds = np.exp(logits)
+        total = odds.sum(axis=2, keepdims=True)
+        if gates is not None:
+            carried[:, :, :size], carried[:, :, size:widest] = odds / total, 0.0
+            carried[:, :, widest:] = state
+        found.append(logits - np.log(total))
     return found
-
-
-def _sigmoid(values: Float32Array) -> Float32Array:
-    return np.asarray(0.5 * (np.tanh(0.5 * values) + 1.0))
 
 
 class LearnedPolicy:
