@@ -134,8 +134,8 @@ def evaluate(
 
     Every router of one seed meets the same arrivals. A trace is run once, in one environment, to its end.
     policy: the learned policy to use (default: the pretrained one of this name). as_deployed: the one-model routers
-    keep to the service's own instances, as they would live, instead of having all of one model. `deadline` learns its margin and
-    service times online, as it does live.
+    keep to the service's own instances, as they would live, instead of having all of one model. `deadline` learns its
+    margin and service times online, as it does live.
     """
     shaped = service_for(router, service)
     if as_deployed:
