@@ -282,8 +282,9 @@ def largest_batch(single_s: float, three_s: float, five_s: float, length: int, b
 
     A size pays if it takes less time per request than every smaller one. It is safe if BATCH_TURNS times its time is
     at most margin * budget_s, what forecasts may use: so a request may still come behind a batch that is well under
-    way; IDLE_SHARE of the budget is safe whatever the margin, as it is for an idle instance. An instance whose `length` requests would take longer than budget_s one by one is late anyhow: there, what
-    pays is enough. The gateway forecasts by this and the worker serves by it.
+    way; IDLE_SHARE of the budget is safe whatever the margin, as it is for an idle instance. An instance whose `length`
+    requests would take longer than budget_s one by one is late anyhow: there, what pays is enough. The gateway
+    forecasts by this and the worker serves by it.
     """
     pressed = length * single_s > budget_s
     allowed_s = max(margin, IDLE_SHARE) * budget_s
