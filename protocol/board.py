@@ -1,9 +1,10 @@
 """The board: slow control state in Redis, always spoken to through redis-py.
 
 Keys: ``instance:{id}`` and ``gateway:{id}`` (expire), ``deployment``, ``table:{service}``, ``policy_status:{service}``
-(expires), ``version:{service}``, ``decisions`` (bounded stream), ``lease:scheduler``. Channels: ``news`` (``instances``
-or ``deployment`` changed: read again) and ``table:{service}`` (the table itself). Readers subscribe first, then read,
-so that nothing falls between.
+(expires), ``version:{service}``, ``decisions`` (bounded stream), ``lease:scheduler``; of routers that are tried
+``former:{service}`` (bounded list), ``shadow_choice:{service}``, ``shadow:{service}`` (expires). Channels: ``news``
+(``instances`` or ``deployment`` changed: read again) and ``table:{service}`` (the table itself). Readers subscribe
+first, then read, so that nothing falls between.
 
 Losing the board must not lose a request: every method raises one of `BOARD_ERRORS` when Redis is away, and the loops
 that call them go on with what they last knew. `follow` is the one place that reconnects.
