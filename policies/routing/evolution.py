@@ -5,7 +5,7 @@ goodput does not care. Each generation tries `PAIRS` random directions both ways
 times (Salimans et al. 2017, antithetic pairs), over all `SCENARIOS`, and steps with Adam.
 
     python -m policies.routing.evolution --minutes 9 --out runs/request
-    python -m policies.routing.evolution --compare policies/pretrained/routing-learned-request.json
+    python -m policies.routing.evolution --compare policies/pretrained/learned-request.json
 """
 
 import argparse
