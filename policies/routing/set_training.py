@@ -148,7 +148,6 @@ def learn(network: SetActorCritic, adam: torch.optim.Adam, shape: Shape, data: l
     loss = 0.5 * (values - target).square().mean() - clipped.mean()
     adam.zero_grad()
     loss.backward()
-    nn.utils.clip_grad_norm_(network.parameters(), 0.5)
     adam.step()
 
 
