@@ -33,15 +33,19 @@ _UNKNOWN_SERVICE_S: Final = 0.01
 
 
 class Target:
-    """One instance as this gateway sees it. `index` is its number in the service's arrays, or -1 once it is gone."""
+    """One instance as this gateway sees it. `index` is its number in the service's arrays, or -1 once it is gone.
 
-    __slots__ = ("id", "in_flight", "index", "record")
+    `heard`: whether it has served a request since its last registration.
+    """
+
+    __slots__ = ("heard", "id", "in_flight", "index", "record")
 
     def __init__(self, record: InstanceRecord) -> None:
         self.id = record.id
         self.record = record
         self.index = -1
         self.in_flight = 0
+        self.heard = False
 
 
 class InstanceView(msgspec.Struct, frozen=True):
@@ -176,16 +180,18 @@ class ServiceRouter:
             )
             if not routable:
                 self.capacity[index] = 0
-            elif self.capacity[index] == 0:
-                self.capacity[index] = record.capacity
-                self.length[index] = target.in_flight
-                self.clear_s[index] = 0.0
-                # While it loaded nobody knew its service time; its worker's own measurement is the best there is now.
-                self.service_s[index] = record.service_s or self.service_s[index]
-                if self.batches is not None:
-                    self.batches.added_s[index] = self.service_s[index]
             else:
+                back = self.capacity[index] == 0
                 self.capacity[index] = record.capacity
+                if back:
+                    self.length[index] = target.in_flight
+                    self.clear_s[index] = 0.0
+                # It has been loading, away or idle: its worker's own measurement is the best that there is now.
+                if record.service_s > 0.0 and (back or not (target.heard or target.in_flight)):
+                    self.service_s[index] = record.service_s
+                    if self.batches is not None:
+                        self.batches.added_s[index] = record.service_s
+            target.heard = False
         self._count()
         if self.margin[0] == self._first_margin:  # nothing learned yet: start as these instances' service times ask
             longest_s = max((self.service_s[i] for i, places in enumerate(self.capacity) if places > 0), default=1e9)
@@ -297,6 +303,7 @@ class ServiceRouter:
         if index < 0:
             return
         if service_s > 0.0:
+            target.heard = True
             times = served if self.batches is None else self.batches.times(index, served)
             learn_service(index, service_s / times, self.service_s, SERVICE_LEARNING_RATE)
         remaining = max(length, target.in_flight)

@@ -273,6 +273,11 @@ class Host:
 
     # reading
 
+    @property
+    def busy(self) -> bool:
+        """Whether the device serves or anything waits for it."""
+        return self._serving is not None or any(one.queue.length for one in self.instances.values())
+
     def backlog_s(self, now_s: float) -> float:
         """Predicted time until everything that the device now holds is done."""
         total_s = 0.0

@@ -20,22 +20,29 @@ from protocol.records import InstanceState
 from workers.device import Clock
 from workers.host import Host
 from workers.instance import Instance
+from workers.service_time import IDLE_RATE
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 NOTICE_S = 0.1
 """Draining is announced this long before the queue closes: requests that are already on their way are still served."""
+MEASURE_AGAIN_S = 5.0
+_SHARE_OF_TIME = 0.01
 _MEASURED_RUNS = 5
 
 log = logging.getLogger(__name__)
 
 
 class Loading(msgspec.Struct, frozen=True):
-    """What loading needs besides the instance: catalog folders, the worker's seed, the device's memory if limited."""
+    """What loading needs besides the instance: catalog folders, the worker's seed, the device's memory if limited.
+
+    `measure_again_s`: how long an instance is idle before it measures itself.
+    """
 
     catalog: tuple[Path, ...] = ()
     seed: int = 0
     memory_mb: float | None = None
+    measure_again_s: float = MEASURE_AGAIN_S
 
 
 async def live(instance: Instance, host: Host, loading: Loading, on_change: Callable[[], None], drain_s: float) -> None:
@@ -53,7 +60,7 @@ async def live(instance: Instance, host: Host, loading: Loading, on_change: Call
     if await _load_until_loaded(instance, host, loading, enter):
         instance.queue.open()
         enter(InstanceState.READY)
-        await instance.unwanted.wait()
+        await _until_unwanted(instance, host, loading.measure_again_s)
         enter(InstanceState.DRAINING)
         await asyncio.sleep(min(NOTICE_S, drain_s))
         await _drain(instance, host, drain_s)
@@ -134,6 +141,34 @@ async def _warm_up(instance: Instance, runtime: Runtime, host: Host) -> None:
         # The least: other processes start at the same time and only ever add to it. An instance that is thought too
         # slow for its service's requirement is never asked, and so never corrected.
         instance.times.observe(size, min([await host.device.call(timed) for _ in range(_MEASURED_RUNS)]))
+
+
+async def _until_unwanted(instance: Instance, host: Host, measure_again_s: float) -> None:
+    """Waits, and keeps the estimate of the service time honest while nobody asks: at most a hundredth of the time.
+
+    An instance that is thought too slow (it started or was last asked while the machine was busy) gets no requests,
+    and so nothing else would ever correct it.
+    """
+    if instance.emulated:
+        await instance.unwanted.wait()
+        return
+    asked = instance.queue.arrived
+    while True:
+        try:
+            async with asyncio.timeout(max(measure_again_s, instance.times.mean_s(1) / _SHARE_OF_TIME)):
+                await instance.unwanted.wait()
+            return
+        except TimeoutError:
+            runtime, before, asked = instance.runtime, asked, instance.queue.arrived
+            if runtime is None or asked != before or host.busy:
+                continue
+            blank = [Prepared(tensor=blank_tensor(runtime.variant))]
+            try:
+                duration_s = await host.device.call(functools.partial(_timed, runtime, blank, host.clock))
+            except Exception:  # requests will find that out, and say so
+                log.warning("an idle instance cannot be measured", extra={"instance": instance.id}, exc_info=True)
+            else:
+                instance.times.observe(1, duration_s, IDLE_RATE)
 
 
 def _timed(runtime: Runtime, batch: list[Prepared], clock: Clock) -> float:

@@ -8,6 +8,8 @@ from policies.routing.rules import batch_size
 
 RATE = 0.1
 """Weight of the newest observation: half forgotten after 7 batches of a size."""
+IDLE_RATE = 0.5
+"""Weight of a measurement while idle: there are few, and a wrong estimate should not outlive many of them."""
 
 
 class ServiceTimes:
@@ -20,12 +22,12 @@ class ServiceTimes:
         self.least_s = 0.0
         """The shortest service time seen, of any batch; 0 before the first."""
 
-    def observe(self, size: int, duration_s: float) -> None:
-        """A batch of `size` took `duration_s`."""
+    def observe(self, size: int, duration_s: float, rate: float = RATE) -> None:
+        """A batch of `size` took `duration_s`; `rate`: the weight of this news."""
         if size not in self._mean_s:
             self._mean_s[size] = duration_s
         else:
-            learn_service(size, duration_s, self._mean_s, RATE)
+            learn_service(size, duration_s, self._mean_s, rate)
         if duration_s < self.least_s or self.least_s == 0.0:
             self.least_s = duration_s
 

@@ -61,8 +61,21 @@ def test_an_instance_that_was_loading_is_believed_about_its_service_time_once_it
     router.set_instances([record("a/heavy", "heavy", state=InstanceState.LOADING, service_s=0.0)], HERE)
     router.set_instances([record("a/heavy", "heavy", service_s=0.08)], HERE)
     assert router.service_s == [0.08]
+
+
+def test_what_this_gateway_observes_counts_until_an_instance_is_idle() -> None:
+    """Then its worker's own measurement does: an instance that seemed too slow once is not passed over for ever."""
+    router = router_of(record("a/heavy", "heavy", service_s=0.5), router="deadline")
+    [target] = router.targets
+    router.sent(target, 0.0)
     router.set_instances([record("a/heavy", "heavy", service_s=0.2)], HERE)
-    assert router.service_s == [0.08], "once it serves, what this gateway observes counts"
+    assert router.service_s == [0.5], "a request is there"
+    router.answered(target, 0.4, 0, 0.0, 0.4)
+    observed = list(router.service_s)
+    router.set_instances([record("a/heavy", "heavy", service_s=0.2)], HERE)
+    assert router.service_s == observed, "it has just answered"
+    router.set_instances([record("a/heavy", "heavy", service_s=0.2)], HERE)
+    assert router.service_s == [0.2]
 
 
 @pytest.mark.parametrize(("heavy_s", "margin"), [(0.043, 0.3), (0.1, 1.25 / 3.0), (0.2, 0.5)])
