@@ -171,15 +171,14 @@ class Host:
             log.error("a batch failed", extra={"instance": instance.id, "failure": failure})
         instance.last_failure = failure
         ended = instance.queue.finish(self.clock.now_s(), failed=bool(failure))
-        self._dispatch()
+        if any(one.queue.not_started for one in self.instances.values()):
+            self._dispatch()
         now_s = self.clock.now_s()
         status = instance.status(now_s, self.backlog_s(now_s))
-        instance.service_time.observe(end_s - start_s)
         for place, (entry, attempt) in enumerate(ended):
             request = requests[place]
             assert request is entry
             queue_s = max(0.0, start_s - request.ready_s)
-            instance.queue_time.observe(queue_s)
             answered = attempt is Attempt.OK or attempt is Attempt.LATE
             payload, shape = payloads[place] if answered and not isinstance(payloads, Exception) else (b"", ())
             reply = Reply(
@@ -193,6 +192,8 @@ class Host:
                 shape=shape,
             )
             request.respond(request, reply, payload)
+            instance.queue_time.observe(queue_s)
+        instance.service_time.observe(end_s - start_s)
         self._settle(instance)
 
     def _encode(
