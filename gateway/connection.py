@@ -1,16 +1,19 @@
 """uvicorn's HTTP connection with the guards that it lacks: on a request's head (bytes and time), and on pipelines.
 
 A client that breaks a guard, or that does not speak HTTP, gets a JSON error and the connection is closed; answers to
-its earlier requests go out first. When a client leaves, the request that is being served hears of it even if the
-client had already sent the next one. Images (POST /v1/{service}) are served without ASGI, as an `Exchange`, in turn
-with the others. Everything else is uvicorn's.
+its earlier requests go out first. Nothing grows with what a client sends ahead: reading stops while requests wait for
+their turns, and turns are given by a loop. When a client leaves, the request that is being served hears of it even if
+the client had already sent the next one. Images (POST /v1/{service}) are served without ASGI, as an `Exchange`, in
+turn with the others. Everything else is uvicorn's.
 """
 
 import asyncio
+from collections.abc import Sized
 from typing import Any, ClassVar, Final, cast
 
 import httptools
 import msgspec
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.admission import Receive, Scope
@@ -18,11 +21,26 @@ from gateway.exchange import Exchange
 from gateway.handle import PREFIX, Gateway
 from gateway.joined import JoinedSend
 from gateway.presence import Presence, announce, presence_of
+from gateway.request import Refused
 from gateway.responses import Send
+from protocol.outcomes import Outcome
 
 _INFER: Final = PREFIX.encode()
 LINGER_S: Final = 1.0
 """How long a client that is still sending may take to read why it is cut off."""
+
+
+class _Turns(FlowControl):
+    """Reads nothing further while requests that were sent ahead wait, whoever asks for more."""
+
+    def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
+        super().__init__(transport)
+        self._waiting = waiting
+
+    def resume_reading(self) -> None:
+        """uvicorn's calls, one for each `receive` and each answer."""
+        if not self._waiting:
+            super().resume_reading()
 
 
 class GuardedConnection(HttpToolsProtocol):
@@ -34,62 +52,89 @@ class GuardedConnection(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._heads = 0  # begun so far
-        self._head_bytes = 0  # of the one that is open
+        self._silent = True  # in the bytes at hand: no head begun or complete, no piece of a body, no end of one
+        self._silent_bytes = 0  # since the last that was not
         self._head_timer: asyncio.TimerHandle | None = None  # set while one is open, and until the first begins
         self._running: RequestResponseCycle | Exchange | None = None
         self._unread: Exchange | None = None  # its answer waits for a client that reads slowly
-        self._refused = False
+        self._refused = False  # nothing more is taken from this client
+        self._closed = False  # nothing more is written to it
+        self._turning = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Turns(transport, self.pipeline)
         self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._closed = self._refused = True
         self._stop_timer()
+        self._unset_keepalive_if_required()
         # uvicorn tells the latest request only; the one that is being served may be an earlier one.
-        running = self._running
+        self._tell_gone(self._running)
+        self.pipeline.clear()
+        super().connection_lost(exc)
+        # An exchange knows its connection: without the way back nothing is left for the cycle collector.
+        self.cycle = None  # type: ignore[assignment]
+        self._running = self._unread = None
+
+    @staticmethod
+    def _tell_gone(running: RequestResponseCycle | Exchange | None) -> None:
+        """Nobody waits for the answer of the request that is being served."""
         if isinstance(running, Exchange):
             running.leave()
         elif running is not None and not running.response_complete:
             running.disconnected = True
             running.message_event.set()
             presence_of(cast(Scope, running.scope)).leave()
-        self.pipeline.clear()
-        super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
-        heads = self._heads
-        self._unset_keepalive_if_required()
+        self._silent = True
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as stop:
-            self._decline_upgrade(data[stop.args[0] :])
+            self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("")
-        # Only a head that was open before these bytes, and still is, is known to consist of all of them; in others
-        # they may be the body before it. So an endless head is noticed one chunk later, and a body never is one.
-        if self._head_timer is not None and heads == self._heads:
-            self._head_bytes += len(data)
-            if self._head_bytes > self.max_header_bytes:
-                self._refuse(431, f"the request's head is larger than {self.max_header_bytes} bytes")
+        # Bytes of which nothing came are all of a head, or of what follows a body (trailers, chunk extensions, blank
+        # lines). Others may be the body: so an endless head is noticed one chunk later, and a body never is one.
+        self._silent_bytes = self._silent_bytes + len(data) if self._silent else 0
+        if self._silent_bytes > self.max_header_bytes:
+            self._refuse(
+                431, f"the request's head, or what follows its body, is larger than {self.max_header_bytes} bytes"
+            )
+
+    def _parse(self, data: bytes | memoryview) -> None:
+        while True:
+            try:
+                self.parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as stop:
+                data = memoryview(data)[stop.args[0] :]
+            if self._refused:
+                return
+            if self.parser.get_method() == b"CONNECT":
+                self._refuse(405, "this is no proxy")
+                return
+            self._decline_upgrade()
 
     # the parser's calls
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._heads += 1
-        self._head_bytes = 0
+        self._silent = False
+        self._unset_keepalive_if_required()
         if self._head_timer is None and not self._refused:
             self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # the parser stops here: `_decline_upgrade` goes on
+        self._silent = False
         self._stop_timer()
-        if self._refused:
+        self._unset_keepalive_if_required()
+        if self._refused or self.transport.is_closing():
+            self._refused = True  # the answer before this one was announced as the last
             return
         if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > self.max_header_bytes:
             self._refuse(431, f"the request's head is larger than {self.max_header_bytes} bytes")
@@ -101,6 +146,7 @@ class GuardedConnection(HttpToolsProtocol):
             super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
+        self._silent = False
         if self._refused:
             return
         latest: RequestResponseCycle | Exchange = self.cycle
@@ -110,6 +156,7 @@ class GuardedConnection(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._silent = False
         if self._refused or self.parser.should_upgrade():
             return
         latest: RequestResponseCycle | Exchange = self.cycle
@@ -118,21 +165,18 @@ class GuardedConnection(HttpToolsProtocol):
         else:
             super().on_message_complete()
 
-    def _decline_upgrade(self, rest: bytes) -> None:
-        """Serves a request that offers another protocol (h2c, WebSocket) as if it had not; `rest` follows its head.
+    def _decline_upgrade(self) -> None:
+        """Serves a request that offers another protocol (h2c, WebSocket) as if it had not.
 
         A server may ignore such an offer, and some HTTP clients make it with every first request. The parser would
         take what follows for the other protocol, so a fresh one gets the head without the offer.
         """
-        method = self.parser.get_method()
-        if method == b"CONNECT":
-            self._refuse(405, "this is no proxy")
-            return
         kept = (b"%b: %b\r\n" % one for one in self.headers if one[0] not in (b"upgrade", b"connection"))
         version = self.parser.get_http_version().encode()
+        head = b"%b %b HTTP/%b\r\n%b\r\n" % (self.parser.get_method(), self.url, version, b"".join(kept))
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.data_received(b"%b %b HTTP/%b\r\n%b\r\n%b" % (method, self.url, version, b"".join(kept), rest))
+        self.parser.feed_data(head)
 
     # exchanges
 
@@ -144,7 +188,7 @@ class GuardedConnection(HttpToolsProtocol):
             path.decode("latin-1"),
             self.headers,
             keep_alive=self.parser.get_http_version() != "1.0" and self.parser.should_keep_alive(),
-            continues=self.expect_100_continue,
+            continues=self.expect_100_continue and self.parser.get_http_version() != "1.0",
         )
         latest, self.cycle = self.cycle, cast(RequestResponseCycle, exchange)
         if latest is None or latest.response_complete:
@@ -178,11 +222,41 @@ class GuardedConnection(HttpToolsProtocol):
             self._close_gently()
         self.on_response_complete()
 
+    def on_response_complete(self) -> None:
+        """The next request's turn, or the wait for one.
+
+        As uvicorn's, but a loop: each of the requests that were sent ahead may be refused at once, and thousands of
+        those must not nest.
+        """
+        self.server_state.total_requests += 1
+        if self._turning:
+            return
+        self._turning = True
+        try:
+            while self.pipeline and not self._closed and not self.transport.is_closing():
+                if self._running is not None and not self._running.response_complete:
+                    return
+                self._start_asgi_task(*self.pipeline.pop())
+        finally:
+            self._turning = False
+        if (
+            self.cycle is not None
+            and self.cycle.response_complete
+            and not self._closed
+            and not self.transport.is_closing()
+        ):
+            self.flow.resume_reading()
+            self._unset_keepalive_if_required()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "these bytes are not an HTTP/1.1 request")
 
     def _start_asgi_task(self, cycle: RequestResponseCycle | Exchange, app: Any) -> None:
         self._running = cycle
+        self.flow.resume_reading()
         if isinstance(cycle, Exchange):
             cycle.begin()
             return
@@ -197,18 +271,28 @@ class GuardedConnection(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         self._head_timer = None
+        if self.flow.read_paused:  # it may have arrived: requests before it wait for their turns
+            self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
+            return
         self._refuse(408, f"the request's head did not arrive within {self.header_timeout_s:g} s")
 
     def _refuse(self, status: int, reason: str) -> None:
         """Takes nothing more from this client, and says why unless that would overtake an earlier answer."""
+        if self._refused:
+            return
         self._refused = True
         self._stop_timer()
         if self.transport.is_closing():
             return
-        latest = self.cycle
-        if latest is not None and not latest.response_complete and (self.pipeline or not latest.more_body):
-            latest.keep_alive = False  # its answer will be the last
-            return
+        latest: RequestResponseCycle | Exchange | None = self.cycle
+        if latest is not None and not latest.response_complete:
+            if isinstance(latest, Exchange) and latest.more_body:
+                latest.spoil(Refused(Outcome.INVALID, reason, status))  # the error is its answer, in its turn
+                return
+            if self.pipeline or not latest.more_body:
+                latest.keep_alive = False  # its answer will be the last
+                return
+            self._tell_gone(latest)
         body = msgspec.json.encode({"error": reason, "code": "INVALID"})
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
@@ -219,12 +303,15 @@ class GuardedConnection(HttpToolsProtocol):
 
         Closing on unread bytes resets the connection, and the reset may overtake the answer that says why.
         """
-        if self.transport.is_closing():
+        if self._closed or self.transport.is_closing():
             return
-        if not self._refused and (self.cycle is None or not self.cycle.more_body):
+        sending = self._refused or self.flow.read_paused or (self.cycle is not None and self.cycle.more_body)
+        self._closed = self._refused = True
+        self.pipeline.clear()
+        if not sending:
             self.transport.close()
             return
-        self._refused = True
+        self.flow.resume_reading()
         self.transport.write_eof()
         self.loop.call_later(LINGER_S, self.transport.close)
 

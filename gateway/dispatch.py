@@ -170,7 +170,10 @@ class Dispatcher:
         ended, request.ended, request.stage = request.ended, None, None
         if ended is not None:
             self._under_way.discard(request)
-            ended(end)
+            try:
+                ended(end)
+            except Exception:  # the link or the queue that called has others to tell
+                log.exception("request %s: its end could not be told", request.id)
 
     # the single queue
 
@@ -185,7 +188,7 @@ class Dispatcher:
 
     def release(self) -> None:
         """Places held requests, oldest first, as long as the rules say where; called when an instance may be idle."""
-        for name, line in self._held.items():
+        for name, line in list(self._held.items()):  # who is told of an end may send what opens another line
             if line:
                 self._release(name, line)
 
@@ -231,6 +234,9 @@ class Dispatcher:
             sent.request_id = peer.ask(Kind.INFER, asked, request.body, sent.replied)
         except LinkClosed as closed:
             self.replied(sent, closed)
+        except Exception as error:
+            log.exception("request %s could not be sent to %s", request.id, target.id)
+            request.abandon(error)
 
     def replied(self, sent: Sent, answer: Frame | LinkClosed) -> None:
         """An attempt has ended: the answer, a second attempt, or the request's end."""
@@ -248,6 +254,10 @@ class Dispatcher:
         if attempt is Attempt.UNAVAILABLE or attempt is Attempt.LOST:
             # What the board says of it is out of date (a worker that restarted while the board was away).
             router.close(target)
+        if isinstance(answer, LinkClosed):  # its neighbours in the same process have gone with it
+            for one in router.targets:
+                if one.record.address == target.record.address and router.capacity[one.index]:
+                    router.close(one)
         self._account(sent, attempt, reply)
         if end is None:
             if sent.first and attempt in TRY_ELSEWHERE:

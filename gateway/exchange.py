@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from gateway.admission import check_head, image_of, request_id, too_large, too_slow
 from gateway.handle import PREFIX, Gateway
-from gateway.request import Answered, ClientGone, End, Request
+from gateway.request import Answered, ClientGone, End, Refused, Request
 from gateway.responses import answer_body, refusal
 from gateway.router import ServiceRouter
 from protocol.outcomes import Outcome
@@ -26,6 +26,9 @@ log = logging.getLogger("gateway.exchange")
 
 _HEAD: Final = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\n"
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_BROKEN: Final = b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+_SMALL_BYTES: Final = 512
+"""Pieces of a body below this are put together at once: kept apart, chunks of one byte would each take fifty."""
 
 
 class Line(Protocol):
@@ -72,6 +75,7 @@ class Exchange:
         "_request",
         "_router",
         "_size",
+        "_spoilt",
         "disconnected",
         "keep_alive",
         "more_body",
@@ -98,7 +102,7 @@ class Exchange:
         self._router = gateway.fleet.services.get(self._path[len(PREFIX) :])
         self._id = ""
         self._continues = continues
-        self._parts: list[bytes] = []
+        self._parts: list[bytes | bytearray] = []
         self._size = 0
         self._held = 0  # of it, what counts among the gateway's uploads
         self._limit = 0
@@ -108,6 +112,7 @@ class Exchange:
         self._budget_s = 0.0
         self._content_type = ""
         self._request: Request | None = None
+        self._spoilt: Refused | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self.keep_alive = keep_alive
         self.more_body = True
@@ -123,6 +128,8 @@ class Exchange:
         self._arrived_s = gateway.arrived(router)
         self._id = request_id(self._headers)
         try:
+            if self._spoilt is not None:
+                raise self._spoilt
             if router is None:
                 gateway.check_started()
             elif router.wants_phase:
@@ -147,7 +154,13 @@ class Exchange:
         if self._ended:
             return
         self._size += len(part)
-        self._parts.append(part)
+        parts = self._parts
+        if len(part) >= _SMALL_BYTES:
+            parts.append(part)
+        elif parts and type(parts[-1]) is bytearray:
+            parts[-1] += part
+        else:
+            parts.append(bytearray(part))
         if self._begun:
             uploads = self._gateway.uploads
             uploads.held += self._size - self._held
@@ -164,6 +177,12 @@ class Exchange:
             assert self._router is not None, "a request whose head was refused has ended"
             self._dispatch(self._router)
 
+    def spoil(self, why: Refused) -> None:
+        """The rest of the body will never come: `why` is this request's end, in its turn."""
+        self._spoilt = why
+        if self._begun:
+            self._end(why)
+
     def leave(self) -> None:
         """The client has gone."""
         self.disconnected = True
@@ -177,7 +196,7 @@ class Exchange:
     def _dispatch(self, router: ServiceRouter) -> None:
         self._arrived_whole()
         parts, self._parts = self._parts, []
-        body = parts[0] if len(parts) == 1 else b"".join(parts)
+        body = b"".join(parts)
         try:
             image, content_type = image_of(body, self._content_type, self._headers)
         except Exception as error:
@@ -203,9 +222,20 @@ class Exchange:
         self._request = None
         if self.disconnected:
             return
+        try:
+            answer = self._answer(end, outcome, refused, admitted=request is not None, total_s=total_s)
+        except Exception:
+            log.exception("the answer to request %s cannot be written", self._id)
+            self.keep_alive = False
+            answer = _BROKEN
+        self._line.finish(self, answer)
+
+    def _answer(self, end: End, outcome: Outcome, refused: Refused | None, *, admitted: bool, total_s: float) -> bytes:
+        """The bytes that tell the client of the end."""
+        router = self._router
         if refused is not None:
-            self.keep_alive = self.keep_alive and request is not None
-            status, headers, body = refusal(self._id, refused, gateway.retry_after_s(router))
+            self.keep_alive = self.keep_alive and admitted
+            status, headers, body = refusal(self._id, refused, self._gateway.retry_after_s(router))
             lines = [STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers)]
             head = b"".join(lines)
             if self._method == "HEAD":
@@ -219,7 +249,7 @@ class Exchange:
                 head += b"x-tidegate-late: 1\r\n"
         if not self.keep_alive:
             head += b"connection: close\r\n"
-        self._line.finish(self, b"%b\r\n%b" % (head, body))
+        return b"%b\r\n%b" % (head, body)
 
     def _arrived_whole(self) -> None:
         """The body is no upload any more: it has come to its end, or nobody wants the rest."""

@@ -5,11 +5,13 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import cast
 
+import msgspec
 import pytest
 
 from gateway.dispatch import Dispatcher
 from gateway.fleet import Fleet
 from gateway.request import Answered, AnswerTimeout, ClientGone, Refused, Request
+from gateway.router import HOLD
 from protocol.outcomes import Attempt, Outcome
 from protocol.records import BOUNCE, EXPIRE
 from tests.fakes.scripted_worker import ScriptedFleet
@@ -353,5 +355,73 @@ def test_held_requests_are_not_forgotten_when_everybody_goes(gone: str) -> None:
         fleet["a"].reply(Attempt.OK)
         assert (await tasks[0]).rank == (0 if gone == "service" else -1)
         assert not any(dispatch.statistics().held.values())
+
+    run(body)
+
+
+def test_a_dead_workers_other_instances_take_no_second_attempt() -> None:
+    """They share its process: the one second attempt goes to a worker that is alive."""
+
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light", b="light", c="light")
+        records = [msgspec.structs.replace(one.record, address="unix:/a" if one.id < "c" else "unix:/c")
+                   for one in fleet.router.targets]  # fmt: skip
+        fleet.router.set_instances(records, {"unix:/a", "unix:/c"})
+        dispatch = dispatcher(fleet)
+        task = await started(dispatch, fleet, request())
+        assert list(fleet["a"].asked) == [1]
+        fleet["a"].die()
+        await asyncio.sleep(0)
+        fleet["c"].reply(Attempt.OK)
+        assert (await task).attempts == 2
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_who_is_told_of_an_end_may_send_what_is_held_for_another_service() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("heavy-expire", a="heavy")
+        other = ScriptedFleet("heavy-expire", b="heavy").router
+        other.name = "other"
+        fleet.services["other"] = other
+        dispatch = dispatcher(fleet)
+        ends: list[object] = []
+        dispatch.start(fleet.router, request(), ends.append)
+
+        def ended(end: object) -> None:
+            ends.append(end)
+            other.route = lambda *args, **settings: HOLD  # type: ignore[method-assign]
+            dispatch.start(other, request(), ends.append)
+
+        line = [request(), request()]
+        for one in line:
+            one.deadline_s = 0.0
+        fleet.router.capacity[0] = 9
+        route, fleet.router.route = fleet.router.route, lambda *args, **settings: HOLD  # type: ignore[method-assign]
+        dispatch.start(fleet.router, line[0], ended)
+        dispatch.start(fleet.router, line[1], ends.append)
+        fleet.router.route = route  # type: ignore[method-assign]
+        dispatch.release()
+        assert [type(end) for end in ends] == [Refused, Refused]
+        assert dispatch.statistics().held == {"imagenet": 0, "other": 1}
+
+    run(body)
+
+
+def test_an_end_that_cannot_be_told_keeps_nobody_else_from_hearing_theirs() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light")
+        dispatch = dispatcher(fleet)
+        ends: list[object] = []
+
+        def broken(end: object) -> None:
+            raise ZeroDivisionError
+
+        dispatch.start(fleet.router, request(), broken)
+        dispatch.start(fleet.router, request(), ends.append)
+        fleet["a"].die()
+        assert [type(end) for end in ends] == [Refused]
+        at_rest(dispatch, fleet)
 
     run(body)

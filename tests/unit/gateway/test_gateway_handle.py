@@ -23,10 +23,11 @@ NOBODY = "redis://127.0.0.1:1/0"
 
 
 class Socket:
-    """The transport below a connection: keeps what is written."""
+    """The transport below a connection: keeps what is written. As strict as a real one: nothing after the end."""
 
     def __init__(self) -> None:
         self.written = b""
+        self.ended = False
         self.closed = False
         self.reading = True
 
@@ -36,13 +37,17 @@ class Socket:
 
     def write(self, data: bytes) -> None:
         """Bytes for the client."""
+        if self.ended:
+            raise RuntimeError("Cannot call write() after write_eof()")
         self.written += data
 
     def write_eof(self) -> None:
-        """Nothing follows."""
-        self.closed = True
+        """Nothing follows, but what comes is still read: not closing yet."""
+        self.ended = True
 
-    close = write_eof
+    def close(self) -> None:
+        """Nothing follows, and nothing is read."""
+        self.ended = self.closed = True
 
     def is_closing(self) -> bool:
         """As a transport's."""
@@ -489,7 +494,7 @@ def test_this_is_no_proxy() -> None:
     async def body() -> None:
         client = Client(b"", path="example.org:443", method="CONNECT").ask(gateway_over(ScriptedFleet("uniform")))
         assert client.status == 405
-        assert client.socket.closed
+        assert client.socket.ended
 
     run(body)
 
