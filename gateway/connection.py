@@ -54,7 +54,8 @@ class GuardedConnection(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._silent = True  # in the bytes at hand: no head begun or complete, no piece of a body, no end of one
         self._silent_bytes = 0  # since the last that was not
-        self._head_timer: asyncio.TimerHandle | None = None  # set while one is open, and until the first begins
+        self._head_open = False  # a head has begun and is not complete
+        self._head_timer: asyncio.TimerHandle | None = None  # set while bytes of one are awaited
         self._running: RequestResponseCycle | Exchange | None = None
         self._unread: Exchange | None = None  # its answer waits for a client that reads slowly
         self._refused = False  # nothing more is taken from this client
@@ -96,6 +97,8 @@ class GuardedConnection(HttpToolsProtocol):
             self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("")
+        if self._head_open and self._head_timer is None and not self._refused:
+            self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
         # Bytes of which nothing came are all of a head, or of what follows a body (trailers, chunk extensions, blank
         # lines). Others may be the body: so an endless head is noticed one chunk later, and a body never is one.
         self._silent_bytes = self._silent_bytes + len(data) if self._silent else 0
@@ -121,16 +124,18 @@ class GuardedConnection(HttpToolsProtocol):
     # the parser's calls
 
     def on_message_begin(self) -> None:
-        super().on_message_begin()
+        # uvicorn makes the scope here; an exchange needs none, so it is made when it is known what the request is.
+        self.url = b""
+        self.headers = []
+        self.expect_100_continue = False
         self._silent = False
+        self._head_open = True
         self._unset_keepalive_if_required()
-        if self._head_timer is None and not self._refused:
-            self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # the parser stops here: `_decline_upgrade` goes on
-        self._silent = False
+        self._silent = self._head_open = False
         self._stop_timer()
         self._unset_keepalive_if_required()
         if self._refused or self.transport.is_closing():
@@ -139,11 +144,16 @@ class GuardedConnection(HttpToolsProtocol):
         if sum(len(name) + len(value) + 4 for name, value in self.headers) + len(self.url) > self.max_header_bytes:
             self._refuse(431, f"the request's head is larger than {self.max_header_bytes} bytes")
             return
-        path = httptools.parse_url(self.url).path or b""
+        url, headers, expects = self.url, self.headers, self.expect_100_continue
+        plain = url.startswith(_INFER) and b"?" not in url and b"#" not in url
+        path = url if plain else httptools.parse_url(url).path or b""
         if path.startswith(_INFER):
             self._open_exchange(path)
-        else:
-            super().on_headers_complete()
+            return
+        super().on_message_begin()
+        self.url, self.headers, self.expect_100_continue = url, headers, expects
+        self.scope["headers"] = headers
+        super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._silent = False

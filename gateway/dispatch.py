@@ -258,19 +258,20 @@ class Dispatcher:
             for one in router.targets:
                 if one.record.address == target.record.address and router.capacity[one.index]:
                     router.close(one)
+        if reply is not None and (attempt is Attempt.OK or attempt is Attempt.LATE):
+            rank = router.rank[target.index] if target.index >= 0 else -1
+            try:  # the client first, then the books
+                self._over(request, Answered(target, rank, reply, payload, 1 if sent.first else 2))
+            finally:
+                self._account(sent, attempt, reply)
+            return
         self._account(sent, attempt, reply)
-        if end is None:
-            if sent.first and attempt in TRY_ELSEWHERE:
-                second = self._elsewhere(router, request, target)
-                if second is not None:
-                    self._send(router, request, second, time.monotonic(), first=False)
-                    return
-            if reply is not None and (attempt is Attempt.OK or attempt is Attempt.LATE):
-                rank = router.rank[target.index] if target.index >= 0 else -1
-                end = Answered(target, rank, reply, payload, 1 if sent.first else 2)
-            else:
-                end = _refusal(attempt, reply)
-        self._over(request, end)
+        if end is None and sent.first and attempt in TRY_ELSEWHERE:
+            second = self._elsewhere(router, request, target)
+            if second is not None:
+                self._send(router, request, second, time.monotonic(), first=False)
+                return
+        self._over(request, end or _refusal(attempt, reply))
 
     def abandoned(self, sent: Sent, why: Exception) -> None:
         """Nobody waits for this attempt any more: the worker may free its place."""

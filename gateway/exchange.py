@@ -217,18 +217,20 @@ class Exchange:
         total_s = now_s - self._arrived_s
         on_late = router.spec.on_late if router is not None else ""
         outcome, refused = gateway.judge(end, self._id, request, on_late, now_s)
-        gateway.count(router, "", outcome, end, total_s)
         self._parts = []
         self._request = None
-        if self.disconnected:
-            return
         try:
-            answer = self._answer(end, outcome, refused, admitted=request is not None, total_s=total_s)
-        except Exception:
-            log.exception("the answer to request %s cannot be written", self._id)
-            self.keep_alive = False
-            answer = _BROKEN
-        self._line.finish(self, answer)
+            if self.disconnected:
+                return
+            try:
+                answer = self._answer(end, outcome, refused, admitted=request is not None, total_s=total_s)
+            except Exception:
+                log.exception("the answer to request %s cannot be written", self._id)
+                self.keep_alive = False
+                answer = _BROKEN
+            self._line.finish(self, answer)
+        finally:  # after the answer has left: nobody waits for the books
+            gateway.count(router, "", outcome, end, total_s)
 
     def _answer(self, end: End, outcome: Outcome, refused: Refused | None, *, admitted: bool, total_s: float) -> bytes:
         """The bytes that tell the client of the end."""
