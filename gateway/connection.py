@@ -2,9 +2,9 @@
 
 A client that breaks a guard, or that does not speak HTTP, gets a JSON error and the connection is closed; answers to
 its earlier requests go out first. Nothing grows with what a client sends ahead: reading stops while requests wait for
-their turns, and turns are given by a loop. When a client leaves, the request that is being served hears of it even if
-the client had already sent the next one. Images (POST /v1/{service}) are served without ASGI, as an `Exchange`, in
-turn with the others. Everything else is uvicorn's.
+their turns, and each turn begins in the event loop. When a client leaves, the request that is being served hears of it
+even if the client had already sent the next one. Images (POST /v1/{service}) are served without ASGI, as an
+`Exchange`, in turn with the others. Everything else is uvicorn's.
 """
 
 import asyncio
@@ -60,7 +60,6 @@ class GuardedConnection(HttpToolsProtocol):
         self._unread: Exchange | None = None  # its answer waits for a client that reads slowly
         self._refused = False  # nothing more is taken from this client
         self._closed = False  # nothing more is written to it
-        self._turning = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -235,31 +234,22 @@ class GuardedConnection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The next request's turn, or the wait for one.
 
-        As uvicorn's, but a loop: each of the requests that were sent ahead may be refused at once, and thousands of
-        those must not nest.
+        As uvicorn's, but a turn begins in the loop: the books of the request before it are kept by then, and thousands
+        that were sent ahead and are refused at once do not nest.
         """
         self.server_state.total_requests += 1
-        if self._turning:
+        if self._closed or self.transport.is_closing():
             return
-        self._turning = True
-        try:
-            while self.pipeline and not self._closed and not self.transport.is_closing():
-                if self._running is not None and not self._running.response_complete:
-                    return
-                self._start_asgi_task(*self.pipeline.pop())
-        finally:
-            self._turning = False
-        if (
-            self.cycle is not None
-            and self.cycle.response_complete
-            and not self._closed
-            and not self.transport.is_closing()
-        ):
-            self.flow.resume_reading()
-            self._unset_keepalive_if_required()
-            self.timeout_keep_alive_task = self.loop.call_later(
-                self.timeout_keep_alive, self.timeout_keep_alive_handler
-            )
+        if self.pipeline:
+            self.loop.call_soon(self._next_turn)
+            return
+        self.flow.resume_reading()
+        self._unset_keepalive_if_required()
+        self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _next_turn(self) -> None:
+        if self.pipeline and not self._closed and not self.transport.is_closing():
+            self._start_asgi_task(*self.pipeline.pop())
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "these bytes are not an HTTP/1.1 request")

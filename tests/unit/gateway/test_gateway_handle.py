@@ -415,6 +415,7 @@ def test_requests_sent_ahead_are_answered_in_turn() -> None:
         fleet["a"].reply(Attempt.OK, payload=b'{"predictions":[]}')
         await soon(lambda: len(fleet["a"].asked) == 2)
         fleet["a"].reply(Attempt.QUEUE_FULL)
+        await soon(lambda: len(fleet["a"].asked) == 3)
         fleet["a"].reply(Attempt.OK, payload=b'{"predictions":[]}')
         statuses = [int(part[:3]) for part in client.socket.written.split(b"HTTP/1.1 ")[1:]]
         assert statuses == [200, 200, 429, 200]
@@ -448,7 +449,7 @@ def test_who_does_not_read_answers_gets_no_further_turn() -> None:
         fleet["a"].reply(Attempt.OK, payload=b'{"predictions":[]}')
         assert len(fleet["a"].asked) == 1
         client.connection.resume_writing()
-        assert len(fleet["a"].asked) == 2
+        await soon(lambda: len(fleet["a"].asked) == 2)
 
     run(body)
 
@@ -480,8 +481,9 @@ def test_an_offer_of_another_protocol_is_ignored_and_the_body_is_kept(cut: int) 
         both = client.request + plain.request
         for start in range(0, len(both), cut):
             client.send(both[start : start + cut])
-        fleet["a"].reply(Attempt.OK, payload=b'{"predictions":[]}')
-        fleet["a"].reply(Attempt.OK, payload=b'{"predictions":[]}')
+        for _ in range(2):
+            await soon(lambda: fleet["a"].in_flight)
+            fleet["a"].reply(Attempt.OK, payload=b'{"predictions":[]}')
         assert client.socket.written.count(b"HTTP/1.1 200 OK") == 2
         assert list(fleet["a"].payloads.values()) == [b"an image", b"body"]
         assert not client.socket.closed
