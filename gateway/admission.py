@@ -42,7 +42,7 @@ def check_head(
 ) -> tuple[ServiceRouter, str, float]:
     """The service, the content type and the budget in seconds, from the head alone. Raises `Refused` (INVALID)."""
     if router is None:
-        raise Refused(Outcome.INVALID, f"no service of this name: {path}; see /state", 404)
+        raise Refused(Outcome.INVALID, f"no service of this name: {path[:200]}; see /state", 404)
     if method != "POST":
         raise Refused(Outcome.INVALID, f"{method} is not allowed here: POST the image as the body", 405)
     content_type = _content_type(headers)

@@ -1,6 +1,7 @@
 """The life of one request without a network: scripted worker below, a connection's bytes above; counted once."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,10 @@ def gateway_over(fleet: ScriptedFleet, **settings: Any) -> Gateway:
 def tally(gateway: Gateway) -> dict[str, int]:
     """Outcomes so far; the law holds at every look."""
     statistics = gateway.statistics()
-    counted = {name: number for one in statistics.outcomes.values() for name, number in one.items()}
-    assert statistics.arrived == sum(counted.values()) + statistics.in_flight
+    counted: Counter[str] = Counter()
+    for one in statistics.outcomes.values():
+        counted.update(one)
+    assert statistics.arrived == counted.total() + statistics.in_flight
     return counted
 
 
