@@ -7,10 +7,11 @@ import pytest
 
 from policies.routing import estimation
 from policies.routing.contract import HOLD
+from policies.routing.gateway_views import RULE_NUMBERS
 from policies.routing.presets import PAPER_KINDS
 from policies.routing.queueing_model import ServiceModel, build, trace_arrivals
 from policies.routing.rules import RULES
-from policies.routing.simulator import RULE_NUMBERS, run_rule
+from policies.routing.simulator import run_rule
 
 MASK = (1 << 64) - 1
 
