@@ -23,6 +23,7 @@ from policies.placement.edge_network import EdgeNetwork, Options
 from policies.placement.networks import ActorShape, Parameters, actor_log_probs, actor_parameters
 from policies.placement.observation import Layout, observe
 from policies.placement.rules import Convention
+from policies.placement.speed import Speed
 from policies.placement.training import Run, Settings, action_masks, actor_shape, artifact_of, save_artifact, score
 from policies.placement.workload import draw_slots
 
@@ -74,10 +75,12 @@ class GuidedTrainer:
             self._restore(saved)
         run.open(step)
         held_out = draw_slots(self.network, settings.load(), settings.evaluation_slots, np.random.default_rng(10_000))
-        best, best_actors = -np.inf, self._snapshot()
+        best, best_actors, speed = -np.inf, self._snapshot(), Speed(run.elapsed_s(), step, 0, step)
+        updates = 0
         while True:
             figures = score(self.network, self._policy(), held_out)
-            run.report(step, {**figures, "temperature": settings.temperature_at(run.share(step))})
+            rates = speed.rates(run.elapsed_s(), step, updates, step)
+            run.report(step, {**figures, "temperature": settings.temperature_at(run.share(step)), **rates})
             if figures["reward"] > best:
                 best, best_actors = figures["reward"], self._snapshot()
             run.save_checkpoint(step, self._state(), self.rng)
@@ -86,7 +89,7 @@ class GuidedTrainer:
             target = min(step + settings.evaluate_every, settings.steps)
             while step < target and not run.out_of_time():
                 self.update(run.share(step))
-                step += settings.minibatch
+                step, updates = step + settings.minibatch, updates + 1
         record = {"steps": step, "processor_s": run.elapsed_s(), "held_out_reward_per_slot": best}
         save_artifact(run.folder / "actors", settings, self.shape, best_actors, record)
         return best_actors

@@ -29,6 +29,7 @@ from policies.placement.networks import (
     critic_values,
 )
 from policies.placement.observation import Layout, bandwidth_features, critic_requests, node_features, observe_all
+from policies.placement.speed import Speed
 from policies.placement.training import (
     Run,
     Settings,
@@ -82,18 +83,20 @@ class HappoLearner:
             self._restore(saved)
         run.open(step)
         held_out = draw_slots(self.network, settings.load(), settings.evaluation_slots, np.random.default_rng(10_000))
-        reported = -1
+        reported, iterations, speed = -1, 0, Speed(run.elapsed_s(), step)
+        passes = EPOCHS * (self.agents + 1)  # over a rollout: every agent's, and the value network's
         while True:
             done = step >= settings.steps or run.out_of_time()
             if done or step // settings.evaluate_every > reported:
                 reported = step // settings.evaluate_every
                 figures = score(self.network, self._policy(), held_out)
-                run.report(step, figures)
+                counts = (iterations * passes * MINIBATCHES, iterations * passes * self.rollout)
+                run.report(step, figures | speed.rates(run.elapsed_s(), step, *counts))
                 run.save_checkpoint(step, self._state(), self.rng)
             if done or run.out_of_time():
                 break
             self.iterate()
-            step += self.rollout
+            step, iterations = step + self.rollout, iterations + 1
         record = {"steps": step, "processor_s": run.elapsed_s(), **figures}
         save_artifact(run.folder / "actors", settings, self.shape, self.actors, record)
         return self.actors

@@ -41,6 +41,7 @@ from policies.placement.observation import Layout, bandwidth_features, critic_re
 from policies.placement.replay import Batch, Replay
 from policies.placement.reward_scale import RewardScale
 from policies.placement.rules import Convention, Heuristic, RandomRule
+from policies.placement.speed import Speed
 from policies.placement.training import (
     Run,
     Settings,
@@ -110,12 +111,11 @@ class SoftLearner:
             for _ in range(settings.warmup if settings.prefill else 0):
                 self.update(settings.alpha, actors=False)
         held_out = draw_slots(self.network, settings.load(), settings.evaluation_slots, np.random.default_rng(10_000))
-        loss, began, first = 0.0, run.elapsed_s(), self.updates
+        loss, speed = 0.0, Speed(run.elapsed_s(), step, self.updates, self.updates * settings.minibatch)
         while True:
             figures = score(self.network, self._policy(), held_out)
-            spent, done = max(run.elapsed_s() - began, 1e-9), self.updates - first
-            speed = {"updates_per_s": done / spent, "samples_per_s": done * settings.minibatch / spent}
-            run.report(step, {**figures, "critic_loss": loss, "alpha": settings.alpha_at(run.share(step)), **speed})
+            rates = speed.rates(run.elapsed_s(), step, self.updates, self.updates * settings.minibatch)
+            run.report(step, {**figures, "critic_loss": loss, "alpha": settings.alpha_at(run.share(step)), **rates})
             if step >= settings.steps or run.out_of_time():
                 break
             if step % settings.checkpoint_every == 0:

@@ -5,12 +5,30 @@ Half precision keeps the repository small; `actors.load_artifact` widens the wei
 
 import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from policies.placement.actors import PRETRAINED
+from policies.placement.train import preset
+
+# Where and how often a run looked at itself: nothing that its result depends on.
+_INCIDENTAL = ("preset", "device", "checkpoint_every")
+
+
+def training_command(settings: Mapping[str, Any], name: str) -> str:
+    """The command that trains with a run's settings: its preset, and a --set for everything that differs from it.
+
+    Raises ValueError if the run's preset does not exist any more.
+    """
+    usual = asdict(preset(settings["preset"]))
+    changed = {k: v for k, v in settings.items() if k not in _INCIDENTAL and v != usual.get(k)}
+    options = "".join(f" --set {key}={value}" for key, value in changed.items())
+    return f"tidegate placement train --preset {settings['preset']} --out runs/{name}{options}"
 
 
 def ship(run: Path, name: str, directory: Path) -> None:
@@ -20,7 +38,7 @@ def ship(run: Path, name: str, directory: Path) -> None:
     save_file({k: v.astype(np.float16) for k, v in weights.items()}, directory / f"{name}.safetensors")
     text = json.loads((run / "actors.json").read_text())
     text["settings"]["device"] = "cpu"
-    text["record"]["command"] = f"tidegate placement train --preset {text['settings']['preset']} --out runs/{name}"
+    text["record"]["command"] = training_command(text["settings"], name)
     text["record"]["curve"] = [json.loads(line) for line in (run / "curve.jsonl").read_text().splitlines()]
     (directory / f"{name}.json").write_text(json.dumps(text) + "\n")
 

@@ -231,10 +231,21 @@ def test_guided_training_improves_on_its_start() -> None:
 
 
 @pytest.mark.parametrize("settings", [SMALL, replace(SMALL, algorithm="happo", minibatch=10), GUIDED])
-def test_runs_write_artifacts_that_load_and_decide(settings: Settings, tmp_path: Path) -> None:
+def test_runs_write_artifacts_that_load_and_decide(
+    settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     train(settings, tmp_path)
     rows = [json.loads(line) for line in (tmp_path / "curve.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] >= settings.steps
+    steps_s, samples_s = rows[-1]["steps_per_s"], rows[-1]["samples_per_s"]
+    # HAPPO: 5 passes over a rollout for each of 4 agents and the value network; HISPER: a minibatch every 40 steps.
+    assert samples_s / steps_s == pytest.approx(
+        {"happo": 25, "hisper": 32 / 40, "guided": 1}[settings.algorithm], rel=1e-3
+    )
+    per_update = {"happo": 20, "hisper": 32, "guided": 16}[settings.algorithm]
+    assert samples_s / rows[-1]["updates_per_s"] == pytest.approx(per_update, rel=1e-3)
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert all(f"{what}_per_s" in printed for what in ("steps", "updates", "samples"))
     assert any((tmp_path / "tensorboard").glob("events*"))
     artifact = load_artifact(tmp_path / "actors", NETWORK)
     policy = LearnedPolicy("x", NETWORK, artifact, settings.sequential)
