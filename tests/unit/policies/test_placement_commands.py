@@ -52,7 +52,7 @@ def test_tables_and_the_network_are_shown() -> None:
 
 
 def test_all_leaves_out_what_was_not_trained_for_that_many() -> None:
-    arguments = ["evaluate", "--policy", "all", "--agents", "10", "--slots", "1", "--seeds", "1", "--no-gap", "--json"]
+    arguments = ["evaluate", "--policy", "all", "--agents", "12", "--slots", "1", "--seeds", "1", "--no-gap", "--json"]
     result = RUNNER.invoke(app, [*arguments, "--graph", "eua16"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
     assert "left out: hasac:" in result.stderr

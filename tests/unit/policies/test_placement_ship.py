@@ -49,7 +49,7 @@ def test_a_preset_as_it_is_needs_no_options() -> None:
         training_command({**settings, "preset": "sarsa"}, "x")
 
 
-@pytest.mark.parametrize("name", ["hisper-paper-8", "hasac-8"])
+@pytest.mark.parametrize("name", ["hisper-paper-8", "hisper-paper-10", "hasac-8"])
 def test_the_soft_learners_shipped_say_how_they_were_trained(name: str) -> None:
     text = json.loads((PRETRAINED / "placement" / f"{name}.json").read_text())
     found = _settings_of(text["record"]["command"])
