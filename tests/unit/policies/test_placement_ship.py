@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +48,25 @@ def test_a_preset_as_it_is_needs_no_options() -> None:
         training_command({**settings, "preset": "sarsa"}, "x")
 
 
-@pytest.mark.parametrize("name", ["hisper-paper-8", "hisper-paper-10", "hasac-8"])
-def test_the_soft_learners_shipped_say_how_they_were_trained(name: str) -> None:
+SHIPPED = sorted(path.stem for path in (PRETRAINED / "placement").glob("*.json"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_what_is_shipped_says_how_it_was_trained(name: str) -> None:
     text = json.loads((PRETRAINED / "placement" / f"{name}.json").read_text())
-    found = _settings_of(text["record"]["command"])
-    assert replace(found, checkpoint_every=1) == Settings(**{**text["settings"], "checkpoint_every": 1})
-    assert text["record"]["curve"][-1]["step"] == text["record"]["steps"] == found.steps
+    command = text["record"]["command"]
+    found, kept = vars(_settings_of(command)), text["settings"]
+    assert f" --out runs/{name}" in command
+    # An older artifact may lack settings that came later; what it holds is what the command says.
+    assert {key: found[key] for key in kept if key != "checkpoint_every"} == {
+        key: value for key, value in kept.items() if key != "checkpoint_every"
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if name.startswith(("hisper-paper", "hasac"))])
+def test_the_soft_learners_were_trained_to_the_end_of_their_budget(name: str) -> None:
+    text = json.loads((PRETRAINED / "placement" / f"{name}.json").read_text())
+    assert text["record"]["curve"][-1]["step"] == text["record"]["steps"] == text["settings"]["steps"]
 
 
 def test_speeds_count_from_where_the_loop_began() -> None:
