@@ -28,19 +28,38 @@ from protocol.outcomes import Outcome
 _INFER: Final = PREFIX.encode()
 LINGER_S: Final = 1.0
 """How long a client that is still sending may take to read why it is cut off."""
+READ_AHEAD_BYTES: Final = 65_536
+"""Of requests that wait for their turn. A client that sends more ahead and leaves is noticed at the next turn."""
 
 
 class _Turns(FlowControl):
-    """Reads nothing further while requests that were sent ahead wait, whoever asks for more."""
+    """Reads a little ahead of the request that is served, so that a client's leaving is seen, and then no further.
+
+    While requests that were sent ahead wait, nobody may resume; only `data_received` pauses because of them.
+    """
 
     def __init__(self, transport: asyncio.Transport, waiting: Sized) -> None:
         super().__init__(transport)
         self._waiting = waiting
+        self.ahead_bytes = 0
+        self.queueing = False  # uvicorn queues a request just now, and would pause at once
+
+    def pause_reading(self) -> None:
+        """uvicorn's calls, for a large body and for a request that has to wait."""
+        if not self.queueing:
+            super().pause_reading()
 
     def resume_reading(self) -> None:
         """uvicorn's calls, one for each `receive` and each answer."""
         if not self._waiting:
+            self.ahead_bytes = 0
             super().resume_reading()
+
+    def read_ahead(self, size: int) -> None:
+        """`size` bytes have come while requests wait for their turns."""
+        self.ahead_bytes += size
+        if self.ahead_bytes > READ_AHEAD_BYTES:
+            super().pause_reading()
 
 
 class GuardedConnection(HttpToolsProtocol):
@@ -63,7 +82,7 @@ class GuardedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self.flow = _Turns(transport, self.pipeline)
+        self.flow = self._flow = _Turns(transport, self.pipeline)
         self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -96,6 +115,8 @@ class GuardedConnection(HttpToolsProtocol):
             self._parse(data)
         except httptools.HttpParserError:
             self.send_400_response("")
+        if self.pipeline:
+            self._flow.read_ahead(len(data))
         if self._head_open and self._head_timer is None and not self._refused:
             self._head_timer = self.loop.call_later(self.header_timeout_s, self._too_slow)
         # Bytes of which nothing came are all of a head, or of what follows a body (trailers, chunk extensions, blank
@@ -152,7 +173,9 @@ class GuardedConnection(HttpToolsProtocol):
         super().on_message_begin()
         self.url, self.headers, self.expect_100_continue = url, headers, expects
         self.scope["headers"] = headers
+        self._flow.queueing = True
         super().on_headers_complete()
+        self._flow.queueing = False
 
     def on_body(self, body: bytes) -> None:
         self._silent = False
@@ -204,7 +227,6 @@ class GuardedConnection(HttpToolsProtocol):
             self._running = exchange
             exchange.begin()
         else:
-            self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))
 
     def send(self, data: bytes) -> None:

@@ -96,8 +96,10 @@ def test_thousands_sent_ahead_and_refused_at_once_do_not_nest(first: bytes) -> N
     run(body)
 
 
-def test_no_more_is_read_while_requests_wait_for_their_turns() -> None:
+def test_no_more_is_read_while_requests_wait_for_their_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """An ASGI request reads on by calling `receive`; who is behind it would be kept in memory without any limit."""
+
+    monkeypatch.setattr("gateway.connection.READ_AHEAD_BYTES", 0)
 
     async def body() -> None:
         fleet = ScriptedFleet("uniform", capacity=9, a="light")
@@ -200,7 +202,9 @@ def test_only_a_request_keeps_an_idle_connection_open() -> None:
     run(body)
 
 
-def test_a_head_that_waits_for_earlier_answers_is_not_slow() -> None:
+def test_a_head_that_waits_for_earlier_answers_is_not_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.connection.READ_AHEAD_BYTES", 0)
+
     async def body() -> None:
         fleet = ScriptedFleet("uniform", a="light")
         client = Client().connect(gateway_over(fleet))
@@ -249,7 +253,7 @@ def test_a_request_and_its_connection_leave_nothing_for_the_cycle_collector() ->
             client.leave()
 
         gc.collect()
-        before = [one for one in gc.get_objects() if isinstance(one, Exchange)]  # of other tests
+        before = [one for one in gc.get_objects() if type(one) is Exchange]  # of other tests
         gc.disable()
         try:
             serve(image(), lambda: fleet["a"].reply(Attempt.OK, payload=ANSWER))
@@ -257,7 +261,7 @@ def test_a_request_and_its_connection_leave_nothing_for_the_cycle_collector() ->
             serve(image() * 3, lambda: None)
             serve(image(path="/v1/nothing"), lambda: None)
             serve(image(content_length="9"), lambda: None)
-            left = [one for one in gc.get_objects() if isinstance(one, Exchange)]
+            left = [one for one in gc.get_objects() if type(one) is Exchange]
         finally:
             gc.enable()
         assert len(left) == len(before)

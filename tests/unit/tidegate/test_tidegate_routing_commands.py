@@ -77,7 +77,7 @@ def test_a_bad_profile_is_named(tmp_path: Path, change: dict[str, object], named
     content["profiles"][0] |= change
     file.write_text(json.dumps(content))
     said = says("advise", "--profile", str(file), "--instances", "digits_heavy=1", "--slots", "100")
-    assert "digits_heavy" in said or str(file.name) in said
+    assert "digits_heavy" in said or file.name in said.replace(" ", "")  # wrapped
     assert named in said
 
 
