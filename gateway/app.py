@@ -1,10 +1,11 @@
-"""The HTTP surface: FastAPI for people, documents and operators; the infer path beside it as raw ASGI.
+"""The HTTP surface besides images: FastAPI for people, documents and operators, raw ASGI for /v2.
 
-`TidegateApp` is what uvicorn calls. It hands ``/v1/{service}`` straight to `Gateway.infer` and ``/v2`` to
-`OpenInference` (a FastAPI endpoint costs two to four times as much per request), and everything else to FastAPI. Raw
-operations are declared in the OpenAPI document by hand (`document.py`). The only file that imports fastapi.
+`TidegateApp` is what uvicorn calls for everything but ``/v1/{service}``, which `connection.py` serves as an `Exchange`. It
+hands ``/v2`` to `OpenInference` (a FastAPI endpoint costs two to four times as much per request), and the rest to
+FastAPI. Raw operations are declared in the OpenAPI document by hand (`document.py`). The only file that imports fastapi.
 """
 
+import contextlib
 import hmac
 from collections.abc import Awaitable
 from typing import Any, Final, TypeVar
@@ -122,9 +123,12 @@ def build_api(gateway: Gateway) -> FastAPI:
 
     @api.get("/admin/deployment", summary="The desired state", tags=["admin"], dependencies=[Depends(_admin(gateway))])
     async def read_deployment() -> Response:
-        if gateway.fleet.deployment is None:
+        deployment = gateway.fleet.deployment
+        with contextlib.suppress(*BOARD_ERRORS):  # who has just changed it must see the change; news take a moment
+            deployment = await gateway.fleet.board.deployment() or deployment
+        if deployment is None:
             raise HTTPException(404, "no deployment is posted")
-        return _json(gateway.fleet.deployment)
+        return _json(deployment)
 
     @api.put("/admin/deployment", summary="Replace it", tags=["admin"], dependencies=[Depends(_admin(gateway))])
     async def replace_deployment(request: Request) -> Response:
