@@ -1,8 +1,8 @@
 """The HTTP surface besides images: FastAPI for people, documents and operators, raw ASGI for /v2.
 
-`TidegateApp` is what uvicorn calls for everything but ``/v1/{service}``, which `connection.py` serves as an `Exchange`. It
-hands ``/v2`` to `OpenInference` (a FastAPI endpoint costs two to four times as much per request), and the rest to
-FastAPI. Raw operations are declared in the OpenAPI document by hand (`document.py`). The only file that imports fastapi.
+`TidegateApp` is what uvicorn calls for everything but ``/v1/{service}``, which `connection.py` serves as an `Exchange`.
+It hands ``/v2`` to `OpenInference` (a FastAPI endpoint costs two to four times as much per request), and the rest to
+FastAPI. Raw operations are declared in the OpenAPI document by hand (`document.py`). Nobody else imports fastapi.
 """
 
 import contextlib
