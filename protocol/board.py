@@ -2,24 +2,24 @@
 
 Keys: ``instance:{id}`` and ``gateway:{id}`` (expire), ``deployment``, ``table:{service}``, ``policy_status:{service}``
 (expires), ``version:{service}``, ``decisions`` (bounded stream), ``lease:scheduler``; of routers that are tried
-``former:{service}`` (bounded list), ``shadow_choice:{service}``, ``shadow:{service}`` (expires). Channels: ``news``
-(``instances`` or ``deployment`` changed: read again) and ``table:{service}`` (the table itself). Readers subscribe
-first, then read, so that nothing falls between.
+``former:{service}`` (bounded list), ``shadow_choice:{service}``, ``shadow:{service}`` (expires); of edge services see
+`edge_board.py`. Channels: ``news`` (``instances``, ``nodes`` or ``deployment`` changed: read again) and
+``table:{service}`` (the table itself). Readers subscribe first, then read, so that nothing falls between.
 
 Losing the board must not lose a request: every method raises one of `BOARD_ERRORS` when Redis is away, and the loops
 that call them go on with what they last knew. `follow` is the one place that reconnects.
 """
 
 import asyncio
-import functools
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from types import TracebackType
-from typing import Any, Final, ParamSpec, Self, TypeVar
+from typing import Any, Final, Self
 
 import msgspec
 import redis.asyncio as redis
-from redis.exceptions import RedisError, WatchError
+from redis.exceptions import WatchError
 
+from protocol.edge_board import EdgeRecords
 from protocol.records import (
     DecisionRecord,
     Deployment,
@@ -29,8 +29,9 @@ from protocol.records import (
     ShadowRecord,
     Table,
 )
+from protocol.redis_calls import BOARD_ERRORS as BOARD_ERRORS
+from protocol.redis_calls import cancellable, decoded, keep_cancellation, quietly
 
-BOARD_ERRORS: Final = (RedisError, OSError, TimeoutError)
 INSTANCE_EXPIRES_S: Final = 3.0
 LEASE_EXPIRES_S: Final = 3.0
 POLICY_STATUS_EXPIRES_S: Final = 10.0
@@ -39,41 +40,15 @@ DECISIONS_KEPT: Final = 10_000
 FORMERS_KEPT: Final = 20
 
 _json = msgspec.json.Encoder().encode
-T = TypeVar("T")
-P = ParamSpec("P")
 
 
-async def _keep_cancellation(call: Awaitable[T]) -> T:
-    """Awaits `call`, and raises `CancelledError` if the task was cancelled meanwhile and nobody noticed.
-
-    redis-py (seen with 8.1) loses cancellations that arrive while it takes a connection from its pool; a loop that
-    lives on board calls would then never end.
-    """
-    task = asyncio.current_task()
-    before = task.cancelling() if task is not None else 0
-    try:
-        return await call
-    finally:
-        if task is not None and task.cancelling() > before:
-            raise asyncio.CancelledError
-
-
-def _cancellable(method: Callable[P, Awaitable[T]]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """A method whose cancellations are kept."""
-
-    @functools.wraps(method)
-    async def kept(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await _keep_cancellation(method(*args, **kwargs))
-
-    return kept
-
-
-class Board:
+class Board(EdgeRecords):
     """One connection pool to the board at `url` (``redis://host:port/0`` or ``unix:///path/redis.sock``)."""
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self._redis: Any = redis.from_url(url, socket_connect_timeout=1.0, socket_timeout=2.0, health_check_interval=0)
+        pool: Any = redis.from_url(url, socket_connect_timeout=1.0, socket_timeout=2.0, health_check_interval=0)
+        super().__init__(pool)
 
     async def __aenter__(self) -> Self:
         return self
@@ -83,14 +58,14 @@ class Board:
     ) -> None:
         await self._redis.aclose()
 
-    @_cancellable
+    @cancellable
     async def ping(self) -> None:
         """Raises one of `BOARD_ERRORS` if nobody answers."""
         await self._redis.ping()
 
     # registrations (written by workers, read by gateways and schedulers)
 
-    @_cancellable
+    @cancellable
     async def post_instances(self, records: list[InstanceRecord], *, changed: bool) -> None:
         """Renews the registrations; with `changed`, tells every follower to read them now."""
         pipeline = self._redis.pipeline(transaction=False)
@@ -100,7 +75,7 @@ class Board:
             pipeline.publish("news", "instances")
         await pipeline.execute()
 
-    @_cancellable
+    @cancellable
     async def remove_instances(self, ids: list[str]) -> None:
         """Takes registrations back (an orderly end; a killed worker's expire by themselves)."""
         if ids:
@@ -109,27 +84,27 @@ class Board:
             pipeline.publish("news", "instances")
             await pipeline.execute()
 
-    @_cancellable
+    @cancellable
     async def instances(self) -> list[InstanceRecord]:
         """All live registrations, sorted by id. A record that this version cannot read is left out."""
         keys = sorted([key async for key in self._redis.scan_iter(match="instance:*", count=1000)])
         values = await self._redis.mget(keys) if keys else []
-        records = [_decode(value, InstanceRecord) for value in values]
+        records = [decoded(value, InstanceRecord) for value in values]
         return [record for record in records if record is not None]
 
     # gateways, which only have to know how many they are
 
-    @_cancellable
+    @cancellable
     async def post_gateway(self, id: str) -> None:
         """Says that this gateway process is there (renewed every second, gone 3 s after its last word)."""
         await self._redis.set(f"gateway:{id}", b"", px=int(INSTANCE_EXPIRES_S * 1000))
 
-    @_cancellable
+    @cancellable
     async def remove_gateway(self, id: str) -> None:
         """An orderly end."""
         await self._redis.delete(f"gateway:{id}")
 
-    @_cancellable
+    @cancellable
     async def gateways(self) -> list[str]:
         """The gateway processes that are there, sorted by id."""
         keys = [key async for key in self._redis.scan_iter(match="gateway:*", count=1000)]
@@ -137,7 +112,7 @@ class Board:
 
     # the desired state (written by operators, read by workers and gateways)
 
-    @_cancellable
+    @cancellable
     async def put_deployment(self, deployment: Deployment) -> Deployment:
         """Replaces the desired state, whatever it is; gives it back with the version that it got.
 
@@ -147,7 +122,7 @@ class Board:
         assert posted is not None, "this change is never left out"
         return posted
 
-    @_cancellable
+    @cancellable
     async def change_deployment(
         self, change: Callable[[Deployment], Deployment], empty: Deployment | None = None
     ) -> Deployment | None:
@@ -173,7 +148,7 @@ class Board:
         async with self._redis.pipeline(transaction=True) as pipeline:
             while True:
                 await pipeline.watch("deployment", "version:deployment")
-                posted = _decode(await pipeline.get("deployment"), Deployment)
+                posted = decoded(await pipeline.get("deployment"), Deployment)
                 version = int(await pipeline.get("version:deployment") or 0)
                 deployment = wanted(posted)
                 if deployment is None:
@@ -189,14 +164,14 @@ class Board:
                     continue
                 return numbered
 
-    @_cancellable
+    @cancellable
     async def deployment(self) -> Deployment | None:
         """The desired state, or None if nobody has posted one."""
-        return _decode(await self._redis.get("deployment"), Deployment)
+        return decoded(await self._redis.get("deployment"), Deployment)
 
     # routing tables (written by the scheduler)
 
-    @_cancellable
+    @cancellable
     async def put_table(self, table: Table) -> Table:
         """Publishes a table under the next version of its service; gives it back with that version."""
         version = int(await self._redis.incr(f"version:{table.service}"))
@@ -208,26 +183,26 @@ class Board:
         await pipeline.execute()
         return numbered
 
-    @_cancellable
+    @cancellable
     async def table(self, service: str) -> Table | None:
         """The service's table if it has not expired."""
-        return _decode(await self._redis.get(f"table:{service}"), Table)
+        return decoded(await self._redis.get(f"table:{service}"), Table)
 
-    @_cancellable
+    @cancellable
     async def put_policy_status(self, service: str, status: PolicyStatus) -> None:
         """Says whether the service's policy sets tables, and why not. Read every second, forgotten after 10 s."""
         await self._redis.set(f"policy_status:{service}", _json(status), px=int(POLICY_STATUS_EXPIRES_S * 1000))
 
-    @_cancellable
+    @cancellable
     async def policy_statuses(self, services: list[str]) -> dict[str, PolicyStatus]:
         """What is known of the policies of those services, by service."""
         values = await self._redis.mget([f"policy_status:{one}" for one in services]) if services else []
-        found = {one: _decode(value, PolicyStatus) for one, value in zip(services, values, strict=True)}
+        found = {one: decoded(value, PolicyStatus) for one, value in zip(services, values, strict=True)}
         return {one: status for one, status in found.items() if status is not None}
 
     # changes of router that can be taken back, and routers that only look on (asked for by operators)
 
-    @_cancellable
+    @cancellable
     async def push_former(self, service: str, choice: RouterChoice) -> None:
         """Keeps what a change of the service's router has replaced; the latest 20 of them."""
         pipeline = self._redis.pipeline(transaction=False)
@@ -235,12 +210,12 @@ class Board:
         pipeline.ltrim(f"former:{service}", -FORMERS_KEPT, -1)
         await pipeline.execute()
 
-    @_cancellable
+    @cancellable
     async def pop_former(self, service: str) -> RouterChoice | None:
         """What the last change replaced, which is then forgotten, or None if there is none."""
-        return _decode(await self._redis.rpop(f"former:{service}"), RouterChoice)
+        return decoded(await self._redis.rpop(f"former:{service}"), RouterChoice)
 
-    @_cancellable
+    @cancellable
     async def put_shadow_choice(self, service: str, choice: RouterChoice) -> None:
         """Which router the scheduler should let decide beside the real one; an empty name ends that."""
         pipeline = self._redis.pipeline(transaction=False)
@@ -252,22 +227,22 @@ class Board:
         pipeline.publish("news", "shadow")
         await pipeline.execute()
 
-    @_cancellable
+    @cancellable
     async def shadow_choices(self, services: list[str]) -> dict[str, RouterChoice]:
         """The routers that should look on, by service."""
         values = await self._redis.mget([f"shadow_choice:{one}" for one in services]) if services else []
-        found = {one: _decode(value, RouterChoice) for one, value in zip(services, values, strict=True)}
+        found = {one: decoded(value, RouterChoice) for one, value in zip(services, values, strict=True)}
         return {one: choice for one, choice in found.items() if choice is not None}
 
-    @_cancellable
+    @cancellable
     async def put_shadow(self, service: str, record: ShadowRecord) -> None:
         """How the shadowed router would have done so far; forgotten after 10 s."""
         await self._redis.set(f"shadow:{service}", _json(record), px=int(SHADOW_EXPIRES_S * 1000))
 
-    @_cancellable
+    @cancellable
     async def shadow(self, service: str) -> ShadowRecord | None:
         """The latest news of the service's shadowed router, if one is at work."""
-        return _decode(await self._redis.get(f"shadow:{service}"), ShadowRecord)
+        return decoded(await self._redis.get(f"shadow:{service}"), ShadowRecord)
 
     # the workload's phase, which only an experiment's load generator knows
 
@@ -285,19 +260,19 @@ class Board:
 
     # the decision log
 
-    @_cancellable
+    @cancellable
     async def add_decision(self, record: DecisionRecord) -> None:
         """Appends to the bounded decision log."""
         await self._redis.xadd("decisions", {"decision": _json(record)}, maxlen=DECISIONS_KEPT, approximate=True)
 
-    @_cancellable
+    @cancellable
     async def decisions(self, count: int = 100) -> list[DecisionRecord]:
         """The newest decisions, newest first."""
         entries = await self._redis.xrevrange("decisions", count=count)
-        records = [_decode(fields.get(b"decision"), DecisionRecord) for _, fields in entries]
+        records = [decoded(fields.get(b"decision"), DecisionRecord) for _, fields in entries]
         return [record for record in records if record is not None]
 
-    @_cancellable
+    @cancellable
     async def hold_lease(self, owner: str) -> bool:
         """Takes or renews the one scheduler lease; False while another holds it."""
         milliseconds = int(LEASE_EXPIRES_S * 1000)
@@ -329,11 +304,11 @@ class Board:
         while True:
             subscription = self._redis.pubsub()
             try:
-                await _keep_cancellation(subscription.psubscribe("news", "table:*"))
+                await keep_cancellation(subscription.psubscribe("news", "table:*"))
                 await read_all()
                 pause_s = 0.1
                 while True:
-                    message = await _keep_cancellation(
+                    message = await keep_cancellation(
                         subscription.get_message(ignore_subscribe_messages=True, timeout=1.0)
                     )
                     if message is not None:
@@ -342,21 +317,4 @@ class Board:
                 await asyncio.sleep(pause_s)
                 pause_s = min(1.0, pause_s * 2)
             finally:
-                await _quietly(subscription.aclose())
-
-
-async def _quietly(closing: Awaitable[None]) -> None:
-    """A subscription whose connection broke may fail to close; there is nothing left to save in it."""
-    try:
-        await closing
-    except BOARD_ERRORS:
-        return
-
-
-def _decode(data: bytes | None, type_: type[T]) -> T | None:
-    if data is None:
-        return None
-    try:
-        return msgspec.json.decode(data, type=type_)
-    except msgspec.MsgspecError:
-        return None
+                await quietly(subscription.aclose())

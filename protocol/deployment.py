@@ -8,6 +8,7 @@ requirement_ms = 250
 [[workers]]                             # -> records.WorkerSpec
 name = "a"
 instances = [{ variant = "digits_heavy" }]
+[edge]                                  # -> edge_records.EdgeSpec: detection and tracking on an edge network
 [gateway]                               # -> GatewaySettings
 [scheduler]                             # -> SchedulerSettings
 """
@@ -22,6 +23,8 @@ from typing import TypeVar
 
 import msgspec
 
+from protocol.edge_deployment import check_edge
+from protocol.edge_records import EdgeLinkSpec, EdgeNodeSpec, EdgeServiceSpec, EdgeSpec, Emulation
 from protocol.records import ONE_GATEWAY_ROUTERS, Deployment, InstanceSpec, ServiceSpec, WorkerSpec
 
 T = TypeVar("T")
@@ -60,15 +63,16 @@ class DeploymentFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """The whole file."""
 
     name: str
-    services: dict[str, ServiceSpec]
     workers: tuple[WorkerSpec, ...]
+    services: dict[str, ServiceSpec] = {}
+    edge: EdgeSpec | None = None
     catalog: tuple[str, ...] = ()
     gateway: GatewaySettings = GatewaySettings()
     scheduler: SchedulerSettings = SchedulerSettings()
 
     def desired_state(self) -> Deployment:
         """What goes onto the board."""
-        return Deployment(name=self.name, services=self.services, workers=self.workers)
+        return Deployment(name=self.name, services=self.services, workers=self.workers, edge=self.edge)
 
 
 def read_deployment(path: Path) -> DeploymentFile:
@@ -100,7 +104,18 @@ def read_deployment(path: Path) -> DeploymentFile:
         for name, spec in file.services.items()
     }
     catalog = tuple(str((path.parent / folder).resolve()) for folder in file.catalog)
-    return msgspec.structs.replace(file, services=services, catalog=catalog)
+    edge = _with_whole_paths(file.edge, path.parent) if file.edge is not None else None
+    return msgspec.structs.replace(file, services=services, edge=edge, catalog=catalog)
+
+
+def _with_whole_paths(edge: EdgeSpec, folder: Path) -> EdgeSpec:
+    """Tables with a `/` in them and a graph's CSV file, made absolute."""
+
+    def whole(name: str) -> str:
+        return str((folder / name).resolve()) if "/" in name else name
+
+    services = {name: msgspec.structs.replace(spec, table=whole(spec.table)) for name, spec in edge.services.items()}
+    return msgspec.structs.replace(edge, services=services, graph=whole(edge.graph))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -119,7 +134,7 @@ def check_deployment(deployment: Deployment) -> str:
     """Empty if the parts fit together, else what is wrong: the key, its value and what would be right."""
     if not 1 <= len(deployment.name) <= 64 or not deployment.name.isprintable():
         return f"name = {deployment.name[:64]!r}: must be 1 to 64 printable characters"
-    if not deployment.services:
+    if not deployment.services and deployment.edge is None:
         return "services is empty: name at least one, as [services.NAME]"
     if not deployment.workers:
         return "workers is empty: add at least one [[workers]] with instances"
@@ -142,7 +157,7 @@ def check_deployment(deployment: Deployment) -> str:
             return f"{where}.top_k = {spec.top_k}: must be from 1 to 100"
         if not all(0 <= rate < math.inf for rate in spec.phase_rates):
             return f"{where}.phase_rates = {list(spec.phase_rates)}: requests/s in each phase, none below 0"
-    if fault := _check_places(deployment):
+    if fault := _check_places(deployment) or check_edge(deployment):
         return fault
     seen: set[str] = set()
     for worker in deployment.workers:
@@ -210,7 +225,9 @@ def _check_settings(file: DeploymentFile) -> str:
         value = getattr(file.gateway, key)
         if not 0 < value <= 3600:
             return f"gateway.{key} = {value}: must be above 0 and at most 3600 seconds"
-    largest_mb = max(1.0, max(spec.max_body_bytes for spec in file.services.values()) / 2**20)
+    bodies = [spec.max_body_bytes for spec in file.services.values()]
+    bodies += [spec.max_body_bytes for spec in file.edge.services.values()] if file.edge is not None else []
+    largest_mb = max(1.0, max(bodies) / 2**20)
     if not largest_mb <= file.gateway.uploads_mb <= 1 << 20:
         return f"gateway.uploads_mb = {file.gateway.uploads_mb}: must be from {largest_mb:g} (a body) to {1 << 20} MiB"
     if not 0.05 <= file.scheduler.slot_s <= 60:
@@ -223,6 +240,11 @@ _TABLES: dict[str, type[msgspec.Struct]] = {
     "services": ServiceSpec,
     "workers": WorkerSpec,
     "workers.instances": InstanceSpec,
+    "edge": EdgeSpec,
+    "edge.services": EdgeServiceSpec,
+    "edge.nodes": EdgeNodeSpec,
+    "edge.links": EdgeLinkSpec,
+    "edge.emulate": Emulation,
     "gateway": GatewaySettings,
     "scheduler": SchedulerSettings,
 }

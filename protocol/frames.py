@@ -26,6 +26,13 @@ class Kind(enum.IntEnum):
     STATUS_REQUEST = 4  # no meta
     STATUS = 5  # WorkerStatus
     GOODBYE = 6  # Goodbye: why the sender closes the connection
+    # Edge services (edge_records.py); EDGE_INFER and EDGE_RUN are answered by a REPLY that carries an EdgeReply.
+    DECIDE = 7  # Decide
+    DECISION = 8  # Decision
+    EDGE_INFER = 9  # EdgeInfer; payload: the client's body
+    EDGE_RUN = 10  # EdgeRun; payload: the adapted image or clip
+    NODE_STATUS_REQUEST = 11  # no meta
+    NODE_STATUS = 12  # NodeStatus
 
 
 KINDS: frozenset[int] = frozenset(Kind)

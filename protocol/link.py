@@ -173,7 +173,7 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
 
-_ANSWERS = frozenset({Kind.REPLY, Kind.STATUS})
+_ANSWERS = frozenset({Kind.REPLY, Kind.STATUS, Kind.DECISION, Kind.NODE_STATUS})
 
 
 async def serve(address: str, make_connection: Callable[[], Connection]) -> asyncio.Server:

@@ -8,6 +8,8 @@ from typing import Final
 
 import msgspec
 
+from protocol.edge_records import EdgeSpec
+
 BOUNCE: Final = 1
 """`Infer.flags`: the worker may refuse at once what its own queue would make late (the `deadline` router)."""
 EXPIRE: Final = 2
@@ -166,10 +168,15 @@ class InstanceSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One worker process: a device, and what should be loaded on it."""
+    """One worker process: a device, and what should be loaded on it.
+
+    With a `node` it is that node of the edge graph, too; `preload`: edge variants that it loads at once and keeps.
+    """
 
     name: str
     instances: tuple[InstanceSpec, ...] = ()
+    node: str = ""
+    preload: tuple[str, ...] = ()
     device: str = "cpu"
     threads: int = 1
     memory_mb: float | None = None
@@ -181,6 +188,7 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     services: dict[str, ServiceSpec]
     workers: tuple[WorkerSpec, ...]
+    edge: EdgeSpec | None = None
     version: int = 0
 
     def instance_ids(self, service: str, *, loaded_only: bool = False) -> dict[str, str]:

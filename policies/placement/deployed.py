@@ -1,0 +1,47 @@
+"""The edge network that a deployment's `[edge]` describes: what gateway, scheduler and nodes decide and account by."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from policies.placement.contract import FloatArray
+from policies.placement.edge_network import EdgeNetwork
+from policies.placement.graph import EdgeGraph, named_graph
+from policies.placement.tables import TABLES_DIRECTORY, ServiceTable, TableError, read_table
+from protocol.edge_records import EdgeSpec
+
+
+def network_of(edge: EdgeSpec) -> EdgeNetwork:
+    """The network, services in the deployment's order. Raises GraphError or TableError, which name what is wrong."""
+    return EdgeNetwork(graph_of(edge), [_table(name, spec.table) for name, spec in edge.services.items()])
+
+
+def graph_of(edge: EdgeSpec) -> EdgeGraph:
+    """The named graph, or the one that is given by hand. Raises GraphError."""
+    if edge.graph:
+        return named_graph(edge.graph)
+    index = {node.name: number for number, node in enumerate(edge.nodes)}
+    ends = [[index[end] for end in link.between] for link in edge.links]
+    return EdgeGraph(
+        names=tuple(index),
+        positions=np.array([[node.latitude, node.longitude] for node in edge.nodes]),
+        tflops=_column([node.tflops for node in edge.nodes]),
+        memory_mb=_column([node.memory_mb for node in edge.nodes]),
+        uplink_mbps=_column([node.uplink_mbps for node in edge.nodes]),
+        links=np.array(ends, dtype=np.int64).reshape(-1, 2),
+        bandwidth_mbps=_column([link.bandwidth_mbps for link in edge.links]),
+        routing_usd_per_mb=_column([link.usd_per_megabit for link in edge.links]),
+    )
+
+
+def _column(figures: list[float]) -> FloatArray:
+    return np.array(figures, dtype=np.float64)
+
+
+def _table(service: str, table: str) -> ServiceTable:
+    path = Path(table) if "/" in table else TABLES_DIRECTORY / f"{table}.toml"
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in TABLES_DIRECTORY.glob("*.toml")))
+        raise TableError(f"edge.services.{service}.table = {table!r}: no such table; shipped are {shipped}")
+    return replace(read_table(path), name=service)

@@ -1,0 +1,36 @@
+"""A deployment's [edge] becomes the network that everybody accounts by."""
+
+import numpy as np
+import pytest
+
+from policies.placement.deployed import graph_of, network_of
+from policies.placement.graph import GraphError, eua16
+from policies.placement.tables import TableError
+from protocol.edge_records import EdgeLinkSpec, EdgeNodeSpec, EdgeServiceSpec, EdgeSpec
+
+NODES = tuple(
+    EdgeNodeSpec(name=name, latitude=-37.8, longitude=144.9, tflops=tflops, memory_mb=512, uplink_mbps=48)
+    for name, tflops in (("b", 1.0), ("a", 0.5))
+)
+SERVICES = {"pictures": EdgeServiceSpec(table="detection"), "tracking": EdgeServiceSpec(table="tracking")}
+
+
+def test_a_graph_by_hand_keeps_the_order_of_its_nodes() -> None:
+    edge = EdgeSpec(services=SERVICES, nodes=NODES, links=(EdgeLinkSpec(between=("a", "b"), bandwidth_mbps=100),))
+    network = network_of(edge)
+    assert network.graph.names == ("b", "a")
+    assert network.graph.tflops.tolist() == [1.0, 0.5]
+    assert network.paths.s_per_megabit[0, 1] == pytest.approx(0.01)
+    assert [table.name for table in network.tables] == ["pictures", "tracking"]
+
+
+def test_a_named_graph_is_the_same_as_elsewhere() -> None:
+    graph = graph_of(EdgeSpec(services=SERVICES, graph="eua16:3"))
+    assert np.array_equal(graph.tflops, eua16(3).tflops)
+
+
+def test_what_cannot_be_found_is_named() -> None:
+    with pytest.raises(TableError, match=r"edge.services.pictures.table = 'nothing'.*detection, "):
+        network_of(EdgeSpec(services={"pictures": EdgeServiceSpec(table="nothing")}, graph="eua16"))
+    with pytest.raises(GraphError, match="two parts"):
+        network_of(EdgeSpec(services=SERVICES, nodes=NODES))
