@@ -11,6 +11,7 @@ Unless trained `plain`, actions that the formulas rule out for the agent's own r
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -188,19 +189,15 @@ class LearnedPolicy:
                 placements[:, where] = self._choose(options[where], [f[n] for f in found], rng)
             return placements
         for u in range(slots.requests):
-            for service in np.unique(slots.service[:, u]):
-                if service == ABSENT:
-                    continue
-                for actor in np.unique(actors[slots.service[:, u] == service, u]):
-                    rows = np.flatnonzero((slots.service[:, u] == service) & (actors[:, u] == actor))
-                    part = slots.take(rows)
-                    here = NodeState(state.waiting_tflop[rows], state.memory_used_mb[rows], state.deployed[rows])
-                    options_here = self._options(here, part, u)
-                    seen = observe(self.network, self.artifact.layout, here, part, u, options_here).astype(np.float32)
-                    masks = [mask[service : service + 1] for mask in self.masks]
-                    found = log_probabilities(self.artifact, slice(actor, actor + 1), seen[None], masks)
-                    placements[rows, u] = self._choose(options_here, [f[0] for f in found], rng)
-            if self.sequential:
+            for service, actor, rows in _groups(slots.service[:, u], actors[:, u]):
+                part = slots.take(rows)
+                here = NodeState(state.waiting_tflop[rows], state.memory_used_mb[rows], state.deployed[rows])
+                options_here = self._options(here, part, u)
+                seen = observe(self.network, self.artifact.layout, here, part, u, options_here).astype(np.float32)
+                masks = [mask[service : service + 1] for mask in self.masks]
+                found = log_probabilities(self.artifact, slice(actor, actor + 1), seen[None], masks)
+                placements[rows, u] = self._choose(options_here, [f[0] for f in found], rng)
+            if self.sequential and u + 1 < slots.requests:
                 self.network.place(state, slots, u, placements[:, u])
         return placements
 
@@ -233,6 +230,17 @@ class LearnedPolicy:
         if options is None or not self.masked:
             return np.stack([p.argmax(axis=1) for p in log_probs], axis=1)
         return choose_masked(options, log_probs, self.guide)
+
+
+def _groups(services: IntArray, actors: IntArray) -> Iterator[tuple[int, int, IntArray | slice]]:
+    """Service, actor and rows of the slots whose request that actor decides; absent requests are left out."""
+    if len(services) == 1:  # one live window: no copies
+        if services[0] != ABSENT:
+            yield int(services[0]), int(actors[0]), slice(None)
+        return
+    for service in np.unique(services[services != ABSENT]):
+        for actor in np.unique(actors[services == service]):
+            yield int(service), int(actor), np.flatnonzero((services == service) & (actors == actor))
 
 
 def choose_masked(options: Options, log_probs: list[Float32Array], guide: float) -> IntArray:
