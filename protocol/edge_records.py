@@ -166,8 +166,9 @@ class EdgeRun(msgspec.Struct, array_like=True, frozen=True):
 class NodeStatus(msgspec.Struct, array_like=True, frozen=True):
     """A node at one moment. `waiting_tflop`: work that its executor still has to do (H of Eq. 5).
 
-    `deployed`: variants that are loaded, in memory; `loading`: on their way; `counts` by `Attempt` code: requests that
-    this node executed or refused, arrived = sum(counts) + length.
+    `deployed`: variants that are loaded, in memory; `loading`: on their way; `idle`: of those deployed, what nobody
+    uses and nobody pinned, so that their memory can be had; `counts` by `Attempt` code: requests that this node
+    executed or refused, arrived = sum(counts) + length.
     """
 
     node: str
@@ -182,6 +183,7 @@ class NodeStatus(msgspec.Struct, array_like=True, frozen=True):
     draining: bool = False
     arrived: int = 0
     counts: tuple[int, ...] = ()
+    idle: tuple[str, ...] = ()
 
 
 class EdgeReply(msgspec.Struct, array_like=True, frozen=True):
