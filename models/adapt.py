@@ -82,7 +82,12 @@ def adapt(media: Media, configuration: Configuration) -> Adapted:
 
 def adapt_clip(clip: Clip, configuration: Configuration) -> Adapted:
     """`adapt(decode(...))` of a clip that was opened, frame by frame. Raises `InvalidInput` as decoding goes."""
-    return _adapted(_same_size(clip.frames()), clip.fps, configuration)
+    return adapt_frames(clip.frames(), clip.fps, configuration)
+
+
+def adapt_frames(frames: Iterator[Frame], fps: float, configuration: Configuration) -> Adapted:
+    """`adapt_clip` for who wants to watch the clip's `frames` come: to time the decoding, or to end it."""
+    return _adapted(_same_size(frames), fps, configuration)
 
 
 def read_adapted(payload: bytes) -> tuple[Frame, ...]:
