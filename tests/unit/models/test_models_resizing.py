@@ -50,6 +50,22 @@ def test_pillows_pixels_bit_for_bit(interpolation: str, gray: bool) -> None:
         assert np.array_equal(resized(pixels, how, *to), in_two_steps(pixels, how, *to)), (height, width, to)
 
 
+# Sides whose scale is a fraction of powers of two (a part is exact), that need no scaling, that grow, and pictures so
+# tall that Pillow begins with their columns.
+@pytest.mark.parametrize(
+    "shape",
+    [(375, 500), (500, 375), (256, 384), (64, 300), (64, 64), (300, 64), (40, 50), (50, 40), (700, 70), (96, 65)],
+)
+def test_leaving_out_what_the_cut_does_not_need_turns_no_value(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(2)
+    for to in ((56, 56), (64, 64), (64, 33), (33, 64), (1, 1)):
+        for interpolation in ("bilinear", "bicubic"):
+            how = msgspec.structs.replace(HOW, interpolation=interpolation)
+            pixels = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
+            if max(shape) / min(shape) * 64 * 64 <= 8 * to[0] * to[1]:
+                assert np.array_equal(resized(pixels, how, *to), in_two_steps(pixels, how, *to)), (to, interpolation)
+
+
 def test_vector_instructions_differ_by_a_level_here_and_there() -> None:
     pytest.importorskip("cykooz_resizer", reason='needs cykooz-resizer: pip install -e ".[simd]"')
     rng = np.random.default_rng(1)
