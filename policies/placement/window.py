@@ -5,11 +5,12 @@ The scheduler's placement loop and the command line use this; training and evalu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from policies.placement.contract import ABSENT, REJECT, BoolArray, FloatArray, IntArray, Slots
-from policies.placement.edge_network import ACCEPTED, REASONS, EdgeNetwork, PlacementError
+from policies.placement.edge_network import ACCEPTED, REASONS, TOO_LATE, EdgeNetwork, PlacementError
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,23 @@ def window_slots(
     return slots
 
 
+class Refusal(NamedTuple):
+    """Why a request of a window is not served; `late`: for lack of time, not of room."""
+
+    reason: str
+    late: bool
+
+
 def refusals(network: EdgeNetwork, slots: Slots, placements: IntArray) -> list[str | None]:
     """Per request of one slot: None where it is accepted, else why not, with the figures that decide."""
+    return [refusal and refusal.reason for refusal in explained(network, slots, placements)]
+
+
+def explained(network: EdgeNetwork, slots: Slots, placements: IntArray) -> list[Refusal | None]:
+    """As `refusals`, and whether it was time that lacked."""
     reasons = network.evaluate(slots, placements[None]).reason[0]
     state = network.start(slots)
-    found: list[str | None] = []
+    found: list[Refusal | None] = []
     for u in range(slots.requests):
         if reasons[u] == ACCEPTED:
             found.append(None)
@@ -70,12 +83,13 @@ def refusals(network: EdgeNetwork, slots: Slots, placements: IntArray) -> list[s
             soonest = float(options.delay_s[0][valid].min())
             deadline = float(slots.deadline_s[0, u])
             if soonest > deadline:
-                found.append(f"no action meets the deadline of {deadline:g} s; the soonest takes {soonest:.3g} s")
+                told = f"no action meets the deadline of {deadline:g} s; the soonest takes {soonest:.3g} s"
             elif not options.feasible.any():
-                found.append("no node has the memory for an action that meets the deadline")
+                told = "no node has the memory for an action that meets the deadline"
             else:
-                found.append("the other requests of the window leave no node that can serve it in time")
+                told = "the other requests of the window leave no node that can serve it in time"
+            found.append(Refusal(told, soonest > deadline))
         else:
-            found.append(REASONS[int(reasons[u])])
+            found.append(Refusal(REASONS[int(reasons[u])], bool(reasons[u] == TOO_LATE)))
         network.place(state, slots, u, placements[None, u])
     return found
