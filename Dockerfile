@@ -1,6 +1,6 @@
 # Tidegate's images. Targets: cpu (gateway, scheduler, CPU workers; no torch), gpu (workers on NVIDIA GPUs),
 # export (builds model files with torch; runs once), loadgen (with images to send). The source stays a checkout at
-# /app: see pyproject.toml.
+# /app: see pyproject.toml. The base is pinned by exact version; why not by digest, too: docs/decisions/0001.
 FROM python:3.11.13-slim-bookworm AS base
 ENV PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \

@@ -138,10 +138,11 @@ def test_missing_package_gpu_and_sense_are_start_up_errors(monkeypatch: pytest.M
         open_decoder(variant(), "cuda:1")
 
 
+@pytest.mark.slow  # not slow, but NVIDIA's licence is not for everybody to accept by make test
 @pytest.mark.parametrize("colour", ["rgb", "gray"])
 def test_the_library_itself_on_its_cpu_back_end(monkeypatch: pytest.MonkeyPatch, colour: str) -> None:
     if importlib.util.find_spec("nvidia") is None:
-        pytest.skip("needs nvidia-nvimgcodec-cu13: pip install nvidia-nvimgcodec-cu13")
+        pytest.skip('needs nvidia-nvimgcodec-cu13: pip install -e ".[slow]"')
     monkeypatch.setenv("PYNVIMGCODEC_VERBOSITY", "0")
     nvimgcodec = pytest.importorskip("nvidia.nvimgcodec", reason="needs nvidia-nvimgcodec-cu13")
     decoder = DeviceDecoder(nvimgcodec, -1)
