@@ -19,15 +19,15 @@ RNG = np.random.default_rng(0)
 DETECTION = [EdgeRequest("detection", node, 2.0, 2.0 + node / 4) for node in range(6)]
 
 
-def idle_nodes(**changed: NodeStatus) -> dict[int, NodeStatus]:
-    """All sixteen up, with 100 MB in use; `n3=...` says something else of node 3."""
+def idle_nodes(node: int = 0, status: NodeStatus | None = None) -> dict[int, NodeStatus]:
+    """All sixteen up, with 100 MB in use; one may say something else."""
     statuses = {k: NodeStatus(NETWORK.graph.names[k], memory_used_mb=100.0) for k in range(16)}
-    return statuses | {int(name[1:]): status for name, status in changed.items()}
+    return statuses | ({node: status} if status is not None else {})
 
 
-def loads(without: tuple[int, ...] = (), **changed: NodeStatus) -> Loads:
+def loads(without: tuple[int, ...] = (), node: int = 0, status: NodeStatus | None = None) -> Loads:
     """Of those nodes."""
-    return loads_of(NETWORK, idle_nodes(**changed), 4, without)
+    return loads_of(NETWORK, idle_nodes(node, status), 4, without)
 
 
 def test_a_window_is_decided_as_the_environment_decides_it() -> None:
@@ -124,13 +124,13 @@ def test_loaded_variants_cost_no_memory_and_idle_ones_make_room_under_pressure()
     roomy = int(NETWORK.graph.memory_mb.argmax())
     total_mb = float(NETWORK.graph.memory_mb[roomy])
     there = NodeStatus("n", deployed=names[:1], idle=names[:1], memory_used_mb=float(memory_mb[0]))
-    relaxed = loads(**{f"n{roomy}": there})
+    relaxed = loads((), roomy, there)
     assert relaxed.deployed[roomy, 0]
     assert relaxed.memory_used_mb[roomy] == memory_mb[0]
-    pressed = loads(**{f"n{roomy}": replace_memory(there, total_mb - 1.0)})
+    pressed = loads((), roomy, replace_memory(there, total_mb - 1.0))
     assert not pressed.deployed[roomy, 0]
     assert pressed.memory_used_mb[roomy] == pytest.approx(total_mb - 1.0 - memory_mb[0])
-    pinned = loads(**{f"n{roomy}": NodeStatus("n", deployed=names[:1], memory_used_mb=total_mb - 1.0)})
+    pinned = loads((), roomy, NodeStatus("n", deployed=names[:1], memory_used_mb=total_mb - 1.0))
     assert pinned.deployed[roomy, 0]
     assert pinned.memory_used_mb[roomy] == total_mb - 1.0
 

@@ -1,0 +1,160 @@
+"""One lasting link to every edge node that the board knows, for those who ask nodes how they are: gateways, schedulers.
+
+Nodes among themselves keep links to their neighbours only. The board says who there is (subscribed to, and read again
+every second); the links say how they are. Statuses that come in otherwise, with replies, may be handed in (`heard`).
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable
+from functools import partial
+from types import TracebackType
+from typing import Final, NamedTuple, Self
+
+import msgspec
+
+from protocol.board import BOARD_ERRORS, Board
+from protocol.edge_records import NodeRecord, NodeStatus
+from protocol.frames import Frame, Kind
+from protocol.link import LinkClosed
+from protocol.peer import Peer
+
+READ_AGAIN_S: Final = 1.0
+FORGET_AFTER_S: Final = 5.0
+"""A node that is off the board while its link is up is kept this long: the board may have lost its memory."""
+
+_decode_status = msgspec.msgpack.Decoder(NodeStatus).decode
+
+
+class Heard(NamedTuple):
+    """What a node said last, and when (monotonic)."""
+
+    status: NodeStatus
+    at_s: float
+
+
+class NodeLinks:
+    """Links by node name. `async with` follows the board; `on_change()` is called when a node comes or goes.
+
+    All mutable state: the records with the time of their last sight, the links, and what was heard on them.
+    """
+
+    def __init__(self, board: Board, on_change: Callable[[], None] = lambda: None) -> None:
+        self.records: dict[str, NodeRecord] = {}
+        self.heard_of: dict[str, Heard] = {}
+        self._board = board
+        self._on_change = on_change
+        self._seen_s: dict[str, float] = {}
+        self._asked: set[str] = set()
+        self._peers: dict[str, Peer] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._loops: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._loops = [
+            asyncio.create_task(self._board.follow(self.read, self._on_news), name="nodes.follow"),
+            asyncio.create_task(self._read_again(), name="nodes.read_again"),
+        ]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        tasks = [*self._loops, *self._tasks.values()]
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def peer(self, node: str) -> Peer | None:
+        """The link to a node that can be asked now."""
+        record = self.records.get(node)
+        peer = self._peers.get(record.address) if record is not None else None
+        return peer if peer is not None and peer.up else None
+
+    def heard(self, node: str, status: NodeStatus, now_s: float) -> None:
+        """A node has said how it is."""
+        self.heard_of[node] = Heard(status, now_s)
+
+    def known(self, now_s: float, oldest_s: float) -> dict[str, NodeStatus]:
+        """The latest word of every node whose link is up, unless it is more than `oldest_s` old."""
+        return {
+            node: said.status
+            for node, said in self.heard_of.items()
+            if now_s - said.at_s <= oldest_s and self.peer(node) is not None
+        }
+
+    async def ask(self, patience_s: float) -> None:
+        """Asks every node how it is, and waits for the answers, at most `patience_s`; later ones still count.
+
+        One that owes an answer from before is busy or hangs: it is neither asked again nor waited for.
+        """
+        waiting: set[str] = set()
+        everybody = asyncio.Event()
+
+        def on_reply(node: str, reply: Frame | LinkClosed) -> None:
+            self._asked.discard(node)
+            if isinstance(reply, Frame):
+                with contextlib.suppress(msgspec.MsgspecError):
+                    self.heard(node, _decode_status(reply.meta), time.monotonic())
+            waiting.discard(node)
+            if not waiting:
+                everybody.set()
+
+        for node in self.records.keys() - self._asked:
+            peer = self.peer(node)
+            if peer is not None:
+                with contextlib.suppress(LinkClosed):
+                    peer.ask(Kind.NODE_STATUS_REQUEST, None, b"", partial(on_reply, node))
+                    self._asked.add(node)
+                    waiting.add(node)
+        if waiting:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience_s):
+                    await everybody.wait()
+
+    # the board
+
+    async def read(self) -> None:
+        """Reads who there is, and keeps one link to each."""
+        now_s = time.monotonic()
+        before = set(self.records)
+        for record in await self._board.nodes():
+            self.records[record.node] = record
+            self._seen_s[record.node] = now_s
+        for node, seen_s in list(self._seen_s.items()):
+            if now_s - seen_s > (FORGET_AFTER_S if self.peer(node) and not self.records[node].draining else 0.0):
+                del self.records[node], self._seen_s[node]
+                self.heard_of.pop(node, None)
+        wanted = {record.address for record in self.records.values()}
+        for address in wanted - self._peers.keys():
+            peer = self._peers[address] = Peer(address, self._on_link)
+            self._tasks[address] = asyncio.create_task(peer.run(), name=f"link to {address}")
+        for address in self._peers.keys() & wanted:
+            if not self._peers[address].up:
+                self._peers[address].hurry()
+        for address in self._peers.keys() - wanted:
+            if self._peers[address].in_flight == 0:
+                del self._peers[address]
+                self._tasks.pop(address).cancel()
+        if before != set(self.records):
+            self._on_change()
+
+    async def _on_news(self, channel: str, data: bytes) -> None:
+        if channel == "news" and data == b"nodes":
+            await self.read()
+
+    async def _read_again(self) -> None:
+        while True:
+            await asyncio.sleep(READ_AGAIN_S)
+            with contextlib.suppress(*BOARD_ERRORS):
+                await self.read()
+
+    def _on_link(self, peer: Peer) -> None:
+        if not peer.up:  # what it said before it went is no longer true
+            for node, record in self.records.items():
+                if record.address == peer.address:
+                    self.heard_of.pop(node, None)
+        self._on_change()

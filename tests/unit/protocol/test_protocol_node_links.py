@@ -1,0 +1,125 @@
+"""Links to the nodes that the board knows: who answers counts, who hangs is waited for once, who is gone is gone."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import cast
+
+import msgspec
+
+from protocol.board import Board
+from protocol.edge_records import NodeStatus
+from protocol.node_links import NodeLinks
+from tests.fakes.scripted_nodes import EdgeBoard, ScriptedNode, until
+
+
+class World:
+    """A board with two nodes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.board = EdgeBoard()
+        self.a, self.b = ScriptedNode("a", folder), ScriptedNode("b", folder)
+        self.changes = 0
+        self.links = NodeLinks(cast(Board, self.board), self._count)
+
+    def _count(self) -> None:
+        self.changes += 1
+
+    async def __aenter__(self) -> "World":
+        for node in (self.a, self.b):
+            await node.start()
+            self.board.node_records.append(node.record)
+        await self.links.__aenter__()
+        await until(lambda: all(self.links.peer(one) for one in "ab"))
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.links.__aexit__(None, None, None)
+        for node in (self.a, self.b):
+            await node.stop()
+
+    def known(self, oldest_s: float = 5.0) -> dict[str, NodeStatus]:
+        """What the nodes said last."""
+        return self.links.known(time.monotonic(), oldest_s)
+
+
+def test_everybody_is_asked_at_once_and_known_by_name(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with World(tmp_path) as world:
+            assert world.known() == {}
+            world.b.status = NodeStatus("b", length=3)
+            await world.links.ask(5.0)
+            assert {name: status.length for name, status in world.known().items()} == {"a": 0, "b": 3}
+            assert world.known(oldest_s=-1.0) == {}
+            world.links.heard("a", NodeStatus("a", length=7), time.monotonic())
+            assert world.known()["a"].length == 7
+
+    asyncio.run(body())
+
+
+def test_a_node_that_hangs_is_waited_for_once(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with World(tmp_path) as world:
+            world.a.silent = True
+            began_s = time.monotonic()
+            await world.links.ask(0.05)
+            assert time.monotonic() - began_s >= 0.05
+            assert set(world.known()) == {"b"}
+            world.links.heard_of.clear()
+            await world.links.ask(60.0)  # would outlast the test's own limit if it waited for a
+            assert set(world.known()) == {"b"}
+
+    asyncio.run(body())
+
+
+def test_a_node_that_dies_is_not_known_before_the_board_knows(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with World(tmp_path) as world:
+            await world.links.ask(5.0)
+            changes = world.changes
+            await world.a.stop()
+            await until(lambda: world.links.peer("a") is None)
+            assert world.changes > changes
+            assert set(world.known()) == {"b"}
+            assert "a" in world.links.records
+            await world.a.start()
+            world.board.node_records = [world.a.record, world.b.record]
+            await world.board.tell()
+            await until(lambda: world.links.peer("a") is not None)
+            await world.links.ask(5.0)
+            assert set(world.known()) == {"a", "b"}
+
+    asyncio.run(body())
+
+
+def test_a_board_that_forgets_is_not_believed_at_once_but_an_orderly_end_is(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with World(tmp_path) as world:
+            world.board.node_records = []
+            await world.board.tell()
+            assert set(world.links.records) == {"a", "b"}
+            draining = msgspec.structs.replace(world.a.record, draining=True)
+            world.board.node_records = [draining]
+            await world.board.tell()
+            world.board.node_records = []
+            await world.board.tell()
+            assert set(world.links.records) == {"b"}
+            assert world.links.peer("b") is not None
+
+    asyncio.run(body())
+
+
+def test_a_node_that_moved_is_found_at_its_new_address(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with World(tmp_path) as world:
+            (tmp_path / "new").mkdir()
+            moved = await ScriptedNode("a", tmp_path / "new").start()
+            moved.status = NodeStatus("a", length=9)
+            world.board.node_records = [moved.record, world.b.record]
+            await world.board.tell()
+            await until(lambda: world.links.peer("a") is not None)
+            await world.links.ask(5.0)
+            assert world.known()["a"].length == 9
+            await moved.stop()
+
+    asyncio.run(body())
