@@ -1,6 +1,6 @@
 """One lasting link to every edge node that the board knows, for those who ask nodes how they are: gateways, schedulers.
 
-Nodes among themselves keep links to their neighbours only. The board says who there is (subscribed to, and read again
+Nodes among themselves keep links to their neighbours only (`wants`). The board says who there is (subscribed to, and read again
 every second); the links say how they are. Statuses that come in otherwise, with replies, may be handed in (`heard`).
 """
 
@@ -40,11 +40,18 @@ class NodeLinks:
     All mutable state: the records with the time of their last sight, the links, and what was heard on them.
     """
 
-    def __init__(self, board: Board, on_change: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        board: Board,
+        on_change: Callable[[], None] = lambda: None,
+        wants: Callable[[str], bool] = lambda node: True,
+    ) -> None:
+        """`wants(node)`: whether a link to it is wanted; asked at each reading of the board."""
         self.records: dict[str, NodeRecord] = {}
         self.heard_of: dict[str, Heard] = {}
         self._board = board
         self._on_change = on_change
+        self._wants = wants
         self._seen_s: dict[str, float] = {}
         self._asked: set[str] = set()
         self._peers: dict[str, Peer] = {}
@@ -122,8 +129,9 @@ class NodeLinks:
         now_s = time.monotonic()
         before = set(self.records)
         for record in await self._board.nodes():
-            self.records[record.node] = record
-            self._seen_s[record.node] = now_s
+            if self._wants(record.node):
+                self.records[record.node] = record
+                self._seen_s[record.node] = now_s
         for node, seen_s in list(self._seen_s.items()):
             if now_s - seen_s > (FORGET_AFTER_S if self.peer(node) and not self.records[node].draining else 0.0):
                 del self.records[node], self._seen_s[node]

@@ -123,3 +123,15 @@ def test_a_node_that_moved_is_found_at_its_new_address(tmp_path: Path) -> None:
             await moved.stop()
 
     asyncio.run(body())
+
+
+def test_a_node_keeps_links_only_to_those_it_wants(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with World(tmp_path) as world:
+            links = NodeLinks(cast(Board, world.board), wants=lambda node: node == "b")
+            async with links:
+                await until(lambda: links.peer("b") is not None)
+                assert set(links.records) == {"b"}
+                assert links.peer("a") is None
+
+    asyncio.run(body())
