@@ -1,7 +1,8 @@
 """One lasting link to every edge node that the board knows, for those who ask nodes how they are: gateways, schedulers.
 
-Nodes among themselves keep links to their neighbours only (`wants`). The board says who there is (subscribed to, and read again
-every second); the links say how they are. Statuses that come in otherwise, with replies, may be handed in (`heard`).
+Nodes among themselves keep links to their neighbours only (`wants`). The board says who there is (subscribed to, and
+read again every second); the links say how they are. Statuses that come in otherwise, with replies, may be handed in
+(`heard`).
 """
 
 import asyncio
