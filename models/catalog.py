@@ -115,13 +115,13 @@ def variant_from(entry: Mapping[str, Any], where: str, folder: Path) -> Variant:
     """Check one entry given as a mapping; relative paths count from `folder`. Raises `VariantError`."""
     values = dict(entry)
     if "labels" in values:
-        values["labels"] = _labels(values["labels"], where, folder)
+        values["labels"] = read_labels(values["labels"], where, folder)
     if isinstance(values.get("path"), str) and values["path"]:
         values["path"] = str((folder / values["path"]).resolve())
     try:
         variant = msgspec.convert(values, Variant)
     except msgspec.ValidationError as error:
-        key, value = _fault(str(error), entry)
+        key, value = fault_of(str(error), entry)
         raise VariantError(where, key, value, str(error).partition(" - at ")[0]) from error
     _check(variant, where)
     return variant
@@ -158,7 +158,7 @@ def kind_and_index(device: str) -> tuple[str, int]:
     return kind, int(index) if index.isdecimal() else 0
 
 
-def _labels(given: object, where: str, folder: Path) -> object:
+def read_labels(given: object, where: str, folder: Path) -> object:
     """`labels` may be names, a count (classes without names) or a text file with one name a line."""
     if isinstance(given, int) and not isinstance(given, bool):
         if not 1 <= given <= 1_000_000:
@@ -173,7 +173,7 @@ def _labels(given: object, where: str, folder: Path) -> object:
     return given
 
 
-def _fault(message: str, entry: Mapping[str, Any]) -> tuple[str, object]:
+def fault_of(message: str, entry: Mapping[str, Any]) -> tuple[str, object]:
     """The key that a msgspec message points at, dotted, and the value that stands there."""
     path = message.partition(" - at `$")[2].rstrip("`").lstrip(".").partition("[")[0]
     if not path:

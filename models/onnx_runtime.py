@@ -1,9 +1,10 @@
 """ONNX files in onnxruntime: on the CPU, or on a GPU through the CUDA or TensorRT provider.
 
-The only file that imports onnxruntime. Its GPU wheel falls back to the CPU without a word when a driver or a
-library is missing, so the session is asked which provider it really uses, and a fallback is refused. On a GPU,
-inputs stay in buffers that are bound once per batch size, and there are few batch sizes: the best kernel is searched
-for each new one, which takes seconds, so batches are filled up to the next of those that were warmed up.
+The only file that imports onnxruntime; detectors get their sessions from `open_session`, too. Its GPU wheel falls back
+to the CPU without a word when a driver or a library is missing, so the session is asked which provider it really uses,
+and a fallback is refused. On a GPU, inputs stay in buffers that are bound once per batch size, and there are few batch
+sizes: the best kernel is searched for each new one, which takes seconds, so batches are filled up to the next of those
+that were warmed up.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,10 @@ class OnnxRuntime:
         self._max_pixels = max_pixels
         self._decoder = open_decoder(variant, device)
         kind, index = kind_and_index(device)
-        self._session = _open_session(variant, device, threads)
+        check_file(variant)
+        self._session = open_session(
+            variant.name, variant.path, device, threads, lambda kind, index: _providers(variant, kind, index)
+        )
         self._fixed_batch = _check_session(self._session, variant)
         self._output = str(self._session.get_outputs()[0].name)
         self._bindings = (
@@ -130,23 +134,31 @@ class _Bindings:
         return binding.copy_outputs_to_cpu()[0]
 
 
-def _open_session(variant: Variant, device: str, threads: int) -> "onnxruntime.InferenceSession":
-    """An onnxruntime session whose first provider is the one asked for. Raises `VariantError`."""
+def open_session(
+    name: str,
+    file: str,
+    device: str,
+    threads: int,
+    providers: Callable[[str, int], list[str | tuple[str, dict[str, str]]]],
+) -> "onnxruntime.InferenceSession":
+    """A session for the variant `name` whose first provider is the device's, `threads` wide. Raises `VariantError`.
+
+    `providers` gives the list for a kind of device and its number, once it is known that there is such a one.
+    """
     kind, index = kind_and_index(device)
     if kind not in _PROVIDERS:
-        raise VariantError(variant.name, "device", device, f"choose one of {', '.join(_PROVIDERS)}")
-    check_file(variant)
-    _refuse_both_wheels(variant)
+        raise VariantError(name, "device", device, f"choose one of {', '.join(_PROVIDERS)}")
+    _refuse_both_wheels(name)
     try:
         import onnxruntime
     except ImportError as error:
         remedy = 'pip install "tidegate[cpu]" or "tidegate[gpu]"'
-        raise VariantError(variant.name, "runtime", variant.runtime, remedy) from error
+        raise VariantError(name, "runtime", "onnxruntime", remedy) from error
     provider = _PROVIDERS[kind]
     available = onnxruntime.get_available_providers()
     if provider not in available:
         remedy = f'this onnxruntime has only {available}; install onnxruntime-gpu or set device = "cpu"'
-        raise VariantError(variant.name, "device", device, remedy)
+        raise VariantError(name, "device", device, remedy)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -161,12 +173,12 @@ def _open_session(variant: Variant, device: str, threads: int) -> "onnxruntime.I
         if kind == "tensorrt":
             with contextlib.suppress(ImportError):  # then the linker has to find its libraries
                 importlib.import_module("tensorrt")
-        session = onnxruntime.InferenceSession(variant.path, options, providers=_providers(variant, kind, index))
+        session = onnxruntime.InferenceSession(file, options, providers=providers(kind, index))
     except Exception as error:  # onnxruntime raises a dozen kinds for broken files, none with a common base
-        raise VariantError(variant.name, "path", variant.path, f"cannot be loaded ({error})") from error
+        raise VariantError(name, "path", file, f"cannot be loaded ({error})") from error
     if session.get_providers()[0] != provider:
         remedy = f"onnxruntime fell back to {session.get_providers()}: check driver and CUDA libraries"
-        raise VariantError(variant.name, "device", device, remedy)
+        raise VariantError(name, "device", device, remedy)
     session.disable_fallback()  # nor later: a run that fails must fail
     return session
 
@@ -213,7 +225,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
-def _refuse_both_wheels(variant: Variant) -> None:
+def _refuse_both_wheels(name: str) -> None:
     """The CPU and the GPU wheel share one module: whichever was installed last has overwritten the other."""
     installed = []
     for wheel in ("onnxruntime", "onnxruntime-gpu"):
@@ -222,7 +234,7 @@ def _refuse_both_wheels(variant: Variant) -> None:
             installed.append(wheel)
     if len(installed) == 2:
         remedy = "both wheels are installed and overwrite each other: uninstall both, then install one"
-        raise VariantError(variant.name, "runtime", " + ".join(installed), remedy)
+        raise VariantError(name, "runtime", " + ".join(installed), remedy)
 
 
 def _check_session(session: "onnxruntime.InferenceSession", variant: Variant) -> bool:
