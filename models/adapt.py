@@ -6,10 +6,12 @@ measurements a clip's own coding (MP4) therefore counts at the way in only.
 
     decode + adapt       holds every frame: small things, and where one request is adapted in many ways (the profile)
     adapt_clip           frame by frame, no more memory than one frame: what a node uses
-    read_adapted         the other side: frames for the detector or tracker
+    AdaptedFrames        the other side: frames for the detector or tracker, one by one; `read_adapted`: all at once
 """
 
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
 
 import msgspec
 import numpy as np
@@ -92,7 +94,36 @@ def adapt_frames(frames: Iterator[Frame], fps: float, configuration: Configurati
 
 def read_adapted(payload: bytes) -> tuple[Frame, ...]:
     """The frames of an `Adapted.payload`. Raises `InvalidInput` for anything that is not JPEGs one after another."""
-    return tuple(preprocess.decode(part, "image/jpeg", "rgb") for part in split_jpegs(payload, _OWN_LIMITS))
+    return tuple(AdaptedFrames(payload))
+
+
+class AdaptedFrames(Sequence[Frame]):
+    """The frames of an `Adapted.payload`, each decoded when it is asked for and kept by nobody here.
+
+    Raises `InvalidInput` for anything that is not JPEGs one after another; for a damaged one, when it is asked for.
+    """
+
+    def __init__(self, payload: bytes) -> None:
+        self._parts = split_jpegs(payload, _OWN_LIMITS)
+        self.decode_s = 0.0
+        """Time spent decoding so far."""
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    @overload
+    def __getitem__(self, index: int) -> Frame: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Frame, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> Frame | tuple[Frame, ...]:
+        if isinstance(index, slice):
+            return tuple(self[place] for place in range(*index.indices(len(self))))
+        begun_s = time.perf_counter()
+        frame = preprocess.decode(self._parts[index], "image/jpeg", "rgb")
+        self.decode_s += time.perf_counter() - begun_s
+        return frame
 
 
 def keeps(index: int, fps: float, frame_rate: float) -> bool:

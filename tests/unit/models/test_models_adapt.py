@@ -5,7 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.adapt import Configuration, Media, adapt, adapt_clip, decode, keeps, read_adapted, resize, scale_of
+from models.adapt import (
+    AdaptedFrames,
+    Configuration,
+    Media,
+    adapt,
+    adapt_clip,
+    decode,
+    keeps,
+    read_adapted,
+    resize,
+    scale_of,
+)
 from models.clip_limits import Frame, Limits
 from models.clips import encode_jpeg, open_clip, write_mjpeg
 from models.preprocess import InvalidInput
@@ -133,3 +144,19 @@ def test_what_is_not_ours_cannot_be_read() -> None:
 def test_configurations_out_of_range_are_refused_by_name(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=key):
         Configuration(**{key: value})  # type: ignore[arg-type]
+
+
+def test_adapted_frames_are_decoded_when_they_are_asked_for() -> None:
+    """The same frames as at once, in any order and as a slice; a damaged one raises only itself."""
+    frames = [np.full((12, 16, 3), level, dtype=np.uint8) for level in (0, 90, 180)]
+    adapted = adapt(Media(tuple(frames), 30.0, 16, 12), Configuration())
+    lazy = AdaptedFrames(adapted.payload)
+    assert lazy.decode_s == 0.0
+    whole = read_adapted(adapted.payload)
+    assert len(lazy) == 3
+    assert np.array_equal(lazy[2], whole[2])
+    assert [int(frame.mean()) for frame in lazy[:2]] == [int(frame.mean()) for frame in whole[:2]]
+    assert sum(1 for _ in lazy) == 3
+    assert lazy.decode_s > 0.0
+    with pytest.raises(InvalidInput):
+        AdaptedFrames(b"no JPEG")
