@@ -1,4 +1,4 @@
-"""`tidegate models`: list the catalog, measure profiles, export the built-in ImageNet models."""
+"""`tidegate models`: list the catalog, measure profiles, export the built-in ImageNet models, render scenes."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from models.catalog import Variant, VariantError, load_catalog
 from models.profiles import Profile, write_profiles
+from tidegate.scenes_command import scenes
 
 app = typer.Typer(no_args_is_help=True, help="The variants that can be served: list, measure, export.")
 
@@ -181,6 +182,9 @@ def _summary(variant: Variant) -> dict[str, object]:
         "file": "" if variant.runtime == "emulated" else variant.path,
         "description": variant.description,
     }
+
+
+app.command()(scenes)
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ A scene is a seed and a few settings; everything else follows from them, so a da
 
     clip = render(plan_scene(seed=7, settings=SceneSettings()))
     clip.frames[0]          uint8 [192, 320, 3]
-    clip.truth[0].boxes     float64 [n, 4], corners in pixels, clipped to the picture
+    clip.truth[0].boxes     float64 [n, 4], corners in pixels, tight around what is in the picture
 
 Balls, boxes, triangles and stars with textures move over a textured background: straight on, in turns, nearer and
 further, in front of each other, in and out of the picture. A frame is the average of a few instants while the
@@ -90,16 +90,18 @@ class Scene:
 
 @dataclass(frozen=True, eq=False)
 class FrameTruth:
-    """What is in one frame, hidden or not, as long as one pixel of its box lies in the picture."""
+    """What is in one frame, hidden or not, as long as its box in the picture is a pixel wide and high."""
 
     tracks: npt.NDArray[np.int64]  # [n], the same object has the same number in all frames
     classes: npt.NDArray[np.int64]  # [n], index into LABELS
-    boxes: npt.NDArray[np.float64]  # [n, 4]: x1, y1, x2, y2 in pixels, tight around the whole outline, clipped
+    boxes: npt.NDArray[
+        np.float64
+    ]  # [n, 4]: x1, y1, x2, y2 in pixels: tight around the part in the picture, covered or not
     visibility: npt.NDArray[np.float64]  # [n]: share of the object's area that is in the picture and not covered
 
 
 @dataclass(frozen=True, eq=False)
-class Clip:
+class RenderedClip:
     """Frames of a scene with their truth. `numbers` are the frames' places in the scene, from 0."""
 
     frames: npt.NDArray[np.uint8]  # [n, height, width, 3]
@@ -123,7 +125,7 @@ def plan_scene(seed: int, settings: SceneSettings | None = None) -> Scene:
     return Scene(settings, seed, ground, things, brightness)
 
 
-def render(scene: Scene, numbers: Sequence[int] | None = None) -> Clip:
+def render(scene: Scene, numbers: Sequence[int] | None = None) -> RenderedClip:
     """Frames (all of them, or those of the given numbers from 0) with their truth; the same bytes on every call."""
     chosen = tuple(range(scene.settings.frames)) if numbers is None else tuple(numbers)
     if not all(0 <= number < scene.settings.frames for number in chosen):
@@ -131,7 +133,7 @@ def render(scene: Scene, numbers: Sequence[int] | None = None) -> Clip:
     drawn = [_frame(scene, number) for number in chosen]
     height, width = scene.background.shape[1:]
     frames = np.stack([frame for frame, _ in drawn]) if drawn else np.zeros((0, height, width, 3), np.uint8)
-    return Clip(frames, tuple(truth for _, truth in drawn), chosen, scene.settings.fps)
+    return RenderedClip(frames, tuple(truth for _, truth in drawn), chosen, scene.settings.fps)
 
 
 def pose(scene: Scene, thing: Thing, frame: float) -> tuple[float, float, float, float]:
@@ -266,15 +268,14 @@ def _truth(scene: Scene, number: int, owner: npt.NDArray[np.uint16]) -> FrameTru
     seen = np.bincount(owner.ravel(), minlength=len(scene.things) + 1)
     tracks, classes, boxes, visibility = [], [], [], []
     for thing in scene.things:
-        x, y, radius, angle = pose(scene, thing, number)
-        x1, y1, x2, y2 = (radius * edge for edge in shapes.bounds(thing.corners, angle))
-        box = (max(x + x1, 0.0), max(y + y1, 0.0), min(x + x2, width), min(y + y2, height))
-        if box[2] - box[0] < 1 or box[3] - box[1] < 1:
+        at = pose(scene, thing, number)
+        box = shapes.bounds(thing.corners, at, width, height)
+        if box is None or box[2] - box[0] < 1 or box[3] - box[1] < 1:
             continue
         tracks.append(thing.track)
         classes.append(thing.label)
         boxes.append(box)
-        visibility.append(min(1.0, float(seen[thing.track]) / (shapes.area(thing.corners) * radius**2)))
+        visibility.append(min(1.0, float(seen[thing.track]) / (shapes.area(thing.corners) * at[2] ** 2)))
     return FrameTruth(
         np.array(tracks, np.int64),
         np.array(classes, np.int64),

@@ -19,6 +19,9 @@ SPRITE_SIDES = (14, 28, 56, 112)  # pixels; each twice the one before
 Floats = npt.NDArray[np.float32]
 Points = npt.NDArray[np.float64]
 
+_TURNS = np.linspace(0, 2 * math.pi, 180, endpoint=False)
+_CIRCLE = np.stack([np.cos(_TURNS), np.sin(_TURNS)], axis=1)  # where a ball is cut off by the picture's border
+
 
 def outline(label: int, aspect: float) -> Points:
     """Corners [n, 2] of the class's outline around (0, 0), none further than 1 from it; [0, 2] for the ball.
@@ -43,13 +46,39 @@ def area(corners: Points) -> float:
     return float(abs((corners[:, 0] * after[:, 1] - corners[:, 1] * after[:, 0]).sum()) / 2)
 
 
-def bounds(corners: Points, angle: float) -> tuple[float, float, float, float]:
-    """(x1, y1, x2, y2) of an outline of radius 1 turned by `angle` radians."""
-    if len(corners) == 0:
-        return -1.0, -1.0, 1.0, 1.0
-    x = math.cos(angle) * corners[:, 0] - math.sin(angle) * corners[:, 1]
-    y = math.sin(angle) * corners[:, 0] + math.cos(angle) * corners[:, 1]
-    return float(x.min()), float(y.min()), float(x.max()), float(y.max())
+def bounds(
+    corners: Points, at: tuple[float, float, float, float], width: int, height: int
+) -> tuple[float, float, float, float] | None:
+    """(x1, y1, x2, y2) of the part in the picture of an outline at (x, y, radius, angle); None if no part is in it."""
+    x, y, radius, angle = at
+    if x + radius <= 0 or y + radius <= 0 or x - radius >= width or y - radius >= height:
+        return None
+    whole = x >= radius and y >= radius and x + radius <= width and y + radius <= height
+    if len(corners) == 0 and whole:
+        return x - radius, y - radius, x + radius, y + radius
+    drawn = _CIRCLE if len(corners) == 0 else corners
+    cos, sin = radius * math.cos(angle), radius * math.sin(angle)
+    placed = np.stack([x + cos * drawn[:, 0] - sin * drawn[:, 1], y + sin * drawn[:, 0] + cos * drawn[:, 1]], axis=1)
+    reached = placed if whole else _inside_parts(placed, np.array([width, height], float))
+    if len(reached) == 0:
+        return None
+    (x1, y1), (x2, y2) = reached.min(axis=0), reached.max(axis=0)
+    return float(x1), float(y1), float(x2), float(y2)
+
+
+def _inside_parts(polygon: Points, size: Points) -> Points:
+    """[n, 2]: ends of what is in the picture of each edge, and the picture's corners that the polygon covers."""
+    starts, edges = polygon, np.roll(polygon, -1, axis=0) - polygon
+    first, last = np.zeros(len(polygon)), np.ones(len(polygon))
+    for axis in (0, 1):  # the stretch of each edge, as shares of it, between two opposite sides of the picture
+        along = np.where(edges[:, axis] == 0, 1e-12, edges[:, axis])
+        to_low, to_high = -starts[:, axis] / along, (size[axis] - starts[:, axis]) / along
+        first = np.maximum(first, np.minimum(to_low, to_high))
+        last = np.minimum(last, np.maximum(to_low, to_high))
+    kept = first <= last
+    ends = [starts[kept] + share[kept, None] * edges[kept] for share in (first, last)]
+    frame = np.array([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]) * size
+    return np.concatenate([*ends, frame[inside_outline(polygon, frame[:, 0], frame[:, 1])]])
 
 
 def sprites(corners: Points, rng: np.random.Generator) -> tuple[Floats, ...]:
@@ -95,7 +124,10 @@ def _coverages(corners: Points) -> tuple[Floats, ...]:
 
 
 def inside_outline(corners: Points, x: Points, y: Points) -> npt.NDArray[np.bool_]:
-    """Which points lie inside an outline of radius 1: a ray to the right crosses its edges an odd number of times."""
+    """Which points lie inside a polygon, or the circle of radius 1 if it has no corners.
+
+    A ray from a point inside to the right crosses its edges an odd number of times.
+    """
     if len(corners) == 0:
         return x * x + y * y <= 1
     inside = np.zeros(x.shape, dtype=bool)
