@@ -43,8 +43,8 @@ train-env: .venv/.ready-test
 .venv/.ready-test: .venv/bin/python pyproject.toml
 	@echo "installing what the tests need (a few minutes the first time)"
 	@$(PIP) torch==2.13.0
-	@$(PIP) --editable '.[$(RUNTIME),demo,train,place,openvino,test,dev]'
-	@$(PIP) --no-deps torchvision==0.28.0 timm==1.0.31
+	@$(PIP) --editable '.[$(RUNTIME),demo,train,edge,place,openvino,test,dev]'
+	@$(PIP) --no-deps torchvision==0.28.0 timm==1.0.31 trackers==2.6.1 trackeval==1.3.0
 	@touch $@ .venv/.ready-demo
 
 # Real redis-server, docker-compose and others for the tests that need them; elsewhere those are skipped by name.
