@@ -9,7 +9,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
 from models.preprocess import Prepared
@@ -77,6 +77,10 @@ class Device:
 
         self._executor().submit(serve)
         return start_s + expected_s
+
+    def submit(self, function: Callable[[], T]) -> "Future[T]":
+        """Run `function` on the device's thread when its turn comes; until then the future can be cancelled."""
+        return self._executor().submit(function)
 
     async def call(self, function: Callable[[], T]) -> T:
         """Run `function` on the device's thread, between services (warming up)."""

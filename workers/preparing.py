@@ -3,11 +3,14 @@
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 from models.preprocess import Prepared
 from models.runtime import Runtime
 from workers.instance import Request
 from workers.queueing import EntryState
+
+T = TypeVar("T")
 
 
 class Preparer:
@@ -34,6 +37,10 @@ class Preparer:
             loop.call_soon_threadsafe(done, outcome)
 
         self._pool.submit(work)
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Run `function` in the pool; who stops waiting before its turn takes it out of the line."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
 
     def close(self) -> None:
         """Drop what has not begun and end the threads."""

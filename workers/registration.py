@@ -1,10 +1,11 @@
-"""What this worker tells the board: its instances' records, every second and at once on change; and their removal."""
+"""What this worker tells the board, every second and at once on change: its instances, its node; and their removal."""
 
 import asyncio
 import logging
 from collections.abc import Callable
 
 from protocol.board import BOARD_ERRORS, Board
+from protocol.edge_records import NodeRecord
 from protocol.records import InstanceRecord
 
 RENEW_S = 1.0
@@ -14,14 +15,21 @@ log = logging.getLogger(__name__)
 
 
 class Registration:
-    """Keeps the board's records equal to `records()`.
+    """Keeps the board's records equal to `records()`, and to `node()` where this worker is a node.
 
-    State: the ids posted, the wake-up event, whether the board is away.
+    State: the ids and the node posted, the wake-up event, whether the board is away.
     """
 
-    def __init__(self, board: Board, records: Callable[[], list[InstanceRecord]]) -> None:
+    def __init__(
+        self,
+        board: Board,
+        records: Callable[[], list[InstanceRecord]],
+        node: Callable[[], NodeRecord | None] = lambda: None,
+    ) -> None:
         self._board = board
         self._records = records
+        self._node = node
+        self._posted_node = ""
         self._changed = asyncio.Event()
         self._posted: set[str] = set()
         self._away = False
@@ -57,6 +65,8 @@ class Registration:
         """Take every record back (an orderly end). If the board is away they expire by themselves."""
         try:
             await self._board.remove_instances(sorted(self._posted))
+            if self._posted_node:
+                await self._board.remove_node(self._posted_node)
         except BOARD_ERRORS as error:
             log.warning("records not removed; they expire by themselves", extra={"reason": str(error)})
 
@@ -69,6 +79,13 @@ class Registration:
         self._posted |= ids
         if records:
             await self._board.post_instances(records, changed=changed)
+        node = self._node()
+        if self._posted_node and (node is None or node.node != self._posted_node):
+            await self._board.remove_node(self._posted_node)
+            self._posted_node = ""
+        if node is not None:
+            self._posted_node = node.node
+            await self._board.post_node(node, changed=changed)
 
     def _say(self, *, away: bool, reason: str = "") -> None:
         """Log a change only: a board that is away for an hour is one line."""

@@ -14,13 +14,17 @@ import msgspec
 from protocol.board import Board
 from protocol.frames import Frame, Kind
 from protocol.link import Connection, serve
-from protocol.records import Infer, InstanceRecord, Reply, Table, WorkerStatus
+from protocol.records import Deployment, Infer, InstanceRecord, Reply, Table, WorkerStatus
 from workers.batch_limits import BatchLimits
 from workers.config import WorkerConfig
 from workers.device import Clock, Device, LoopClock
+from workers.edge_calls import EDGE_KINDS, EdgeCalls
+from workers.edge_follow import NodeFollower, drain, opener, stay_linked
+from workers.edge_node import EdgeNode
+from workers.edge_variants import OpenVariant
 from workers.host import Host
 from workers.instance import Request, Site
-from workers.life import Loading
+from workers.life import NOTICE_S, Loading
 from workers.metrics import serve_metrics
 from workers.preparing import Preparer
 from workers.reconcile import Reconciler
@@ -33,20 +37,29 @@ _MOST_UNSENT_BYTES = 16 << 20
 """A caller that lets this much pile up reads no replies: its connection is closed."""
 
 
-async def serve_until(stop: asyncio.Event, config: WorkerConfig, clock: Clock | None = None) -> None:
-    """Serve until `stop` is set, then drain. Raises `OSError` if the address cannot be listened on."""
+async def serve_until(
+    stop: asyncio.Event,
+    config: WorkerConfig,
+    clock: Clock | None = None,
+    open_variant: OpenVariant | None = None,
+) -> None:
+    """Serve until `stop` is set, then drain. Raises `OSError` if the address cannot be listened on.
+
+    `open_variant`: how an edge node opens its variants, if not by the catalog.
+    """
     clock = clock or LoopClock()
     device, preparer = Device(clock), Preparer(config.prepare_threads)
     host = Host(clock, device, preparer)
-    callers: set[Caller] = set()
     epoch = secrets.token_hex(8)
-    listener = await serve(config.address, lambda: Caller(config.name, host, callers, epoch).connection)
+    node = EdgeNode(clock, device, preparer, open_variant or opener(config.catalog), epoch)
+    callers: set[Caller] = set()
+    listener = await serve(config.address, lambda: Caller(config.name, host, callers, epoch, node).connection)
     site = Site(config.name, advertised(config, listener), epoch)
     try:
         with serve_metrics(config.metrics_host, config.metrics_port, config.name, host):
             async with Board(config.board) as board:
                 log.info("listening", extra={"address": site.address})
-                await _follow_board(stop, config, board, host, site)
+                await _follow_board(stop, config, board, host, node, callers, site)
     finally:
         listener.close()
         for caller in list(callers):
@@ -55,20 +68,38 @@ async def serve_until(stop: asyncio.Event, config: WorkerConfig, clock: Clock | 
         device.close()
 
 
-async def _follow_board(stop: asyncio.Event, config: WorkerConfig, board: Board, host: Host, site: Site) -> None:
+async def _follow_board(
+    stop: asyncio.Event,
+    config: WorkerConfig,
+    board: Board,
+    host: Host,
+    node: EdgeNode,
+    callers: "set[Caller]",
+    site: Site,
+) -> None:
     """Be what the board asks for, and tell it so, until `stop`; then finish what is here and take the records back."""
 
     def records() -> list[InstanceRecord]:
         return [host.instances[id].record(site) for id in sorted(host.instances)]
 
-    registration = Registration(board, records)
+    registration = Registration(board, records, lambda: node.record(site))
+    node.on_change = registration.changed
+    following_node = NodeFollower(config.name, node)
     loading = Loading(config.catalog, config.seed)
     reconciler = Reconciler(config.name, host, loading, registration.changed, config.drain_s)
     limits = BatchLimits(host)
 
+    def follow(deployment: Deployment | None) -> None:
+        reconciler.follow(deployment)
+        following_node.follow(deployment)
+
+    def cut_off() -> None:
+        for caller in list(callers):
+            caller.edge.cancel_all()
+
     async def read_all() -> None:
         deployment = await board.deployment()
-        reconciler.follow(deployment)
+        follow(deployment)
         registration.changed()
         for service in sorted({instance.service for instance in host.instances.values()}):
             if (table := await board.table(service)) is not None:
@@ -79,17 +110,18 @@ async def _follow_board(stop: asyncio.Event, config: WorkerConfig, board: Board,
             with contextlib.suppress(msgspec.MsgspecError):  # one that this version cannot read
                 limits.take(msgspec.json.decode(data, type=Table))
         elif data == b"deployment":
-            reconciler.follow(await board.deployment())
+            follow(await board.deployment())
 
     async with asyncio.TaskGroup() as tasks:
         following = tasks.create_task(board.follow(read_all, on_news))
         renewing = tasks.create_task(registration.run())
+        linked = tasks.create_task(stay_linked(board, node, host.clock))
         await stop.wait()
         log.info("draining")
         host.draining = True
-        await reconciler.end()
-        following.cancel()
-        renewing.cancel()
+        await asyncio.gather(reconciler.end(), drain(node, config.drain_s, NOTICE_S, cut_off))
+        for task in (following, renewing, linked):
+            task.cancel()
     await registration.withdraw()
     log.info("ended")
 
@@ -106,8 +138,9 @@ def advertised(config: WorkerConfig, listener: asyncio.Server) -> str:
 class Caller:
     """One connection and its requests that are in this worker. A connection that ends cancels them all."""
 
-    def __init__(self, worker: str, host: Host, callers: "set[Caller]", epoch: str = "") -> None:
+    def __init__(self, worker: str, host: Host, callers: "set[Caller]", epoch: str, node: EdgeNode) -> None:
         self.connection = Connection(self._on_frame, self._on_close)
+        self.edge = EdgeCalls(self.connection, node)
         self._worker = worker
         self._epoch = epoch
         self._host = host
@@ -122,9 +155,13 @@ class Caller:
             case Kind.CANCEL:
                 if request := self._requests.get(frame.request_id):
                     self._host.cancel(request)
+                else:
+                    self.edge.cancel(frame.request_id)
             case Kind.STATUS_REQUEST:
                 status = WorkerStatus(self._worker, self._host.status(), self._host.draining, self._epoch)
                 connection.send(Kind.STATUS, frame.request_id, status)
+            case kind if kind in EDGE_KINDS:
+                self.edge.on_frame(frame)
             case _:
                 connection.close(f"a worker takes no {Kind(frame.kind).name} frame")
 
@@ -153,3 +190,4 @@ class Caller:
         self._callers.discard(self)
         for request in list(self._requests.values()):
             self._host.cancel(request)
+        self.edge.cancel_all()

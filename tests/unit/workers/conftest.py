@@ -12,7 +12,9 @@ from models.catalog import Accuracy, Emulation, Variant
 from models.preprocess import Prepared
 from models.runtime import Answer, EmulatedRuntime
 from protocol.records import Infer, InstanceSpec, InstanceState, Reply
+from tests.fakes.edge_models import open_bright
 from workers.device import Device
+from workers.edge_node import EdgeNode
 from workers.host import Host
 from workers.instance import Instance, Request
 from workers.preparing import Preparer
@@ -63,7 +65,9 @@ class Bench:
 
     def __init__(self, clock: FakeClock) -> None:
         self.clock = clock
-        self.host = Host(clock, Device(clock), Preparer(1))
+        device, preparer = Device(clock), Preparer(1)
+        self.host = Host(clock, device, preparer)
+        self.node = EdgeNode(clock, device, preparer, open_bright)
         self.replies: list[tuple[float, Request, Reply, bytes]] = []
         self._ids = itertools.count(1)
 

@@ -48,7 +48,7 @@ def frame(kind: Kind, request_id: int, meta: Any = None, payload: bytes = b"") -
 def test_a_connection_that_ends_cancels_its_requests(bench: Bench) -> None:
     """Waiting ones free their places at once; the one in service is computed, for nobody."""
     instance = bench.add("a", 1.0)
-    caller, wire = Caller("w", bench.host, set()), Wire()
+    caller, wire = Caller("w", bench.host, set(), "", bench.node), Wire()
     caller.connection.connection_made(wire)  # type: ignore[arg-type]
     for number in range(3):
         caller._on_frame(caller.connection, frame(Kind.INFER, number, Infer("a", 60.0), b"x"))
@@ -63,7 +63,7 @@ def test_a_connection_that_ends_cancels_its_requests(bench: Bench) -> None:
 def test_cancel_names_a_request_of_this_connection(bench: Bench) -> None:
     """The waiting one is answered CANCELLED at once; an id that is not here is nobody's fault."""
     instance = bench.add("a", 1.0)
-    caller, wire = Caller("w", bench.host, set()), Wire()
+    caller, wire = Caller("w", bench.host, set(), "", bench.node), Wire()
     caller.connection.connection_made(wire)  # type: ignore[arg-type]
     for number in (1, 2):
         caller._on_frame(caller.connection, frame(Kind.INFER, number, Infer("a", 60.0), b"x"))
@@ -87,7 +87,7 @@ def test_cancel_names_a_request_of_this_connection(bench: Bench) -> None:
 def test_a_frame_that_makes_no_sense_closes_the_connection(bench: Bench, bad: Frame, reason: str) -> None:
     """With a reason; the worker lives on."""
     bench.add("a", 1.0)
-    caller, wire = Caller("w", bench.host, set()), Wire()
+    caller, wire = Caller("w", bench.host, set(), "", bench.node), Wire()
     caller.connection.connection_made(wire)  # type: ignore[arg-type]
     caller._on_frame(caller.connection, frame(Kind.INFER, 1, Infer("a", 60.0), b"x"))
     caller._on_frame(caller.connection, bad)

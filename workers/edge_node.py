@@ -1,0 +1,311 @@
+"""An edge node: a request's way through it, and what it says of itself. The worker's `server.py` brings the frames.
+
+    EDGE_INFER ─► decode, adapt (pool) ─► emulated uplink ─┬─► decided here: `edge_queue.py` ─────────────► REPLY
+    EDGE_RUN ──────────────────────────────────────────────┤
+                                                           └─► decided elsewhere: emulated link, EDGE_RUN ─► its REPLY
+
+Every request ends once: it is counted where it was executed or refused, and handed back by the nodes on its way.
+State: the view (what the deployment makes of this node), its queue and links, the books.
+"""
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import msgspec
+
+from models.clip_limits import Limits
+from protocol.edge_records import EdgeInfer, EdgeReply, EdgeRun, NodeRecord, NodeStatus
+from protocol.outcomes import Attempt
+from protocol.peer import Peer
+from workers.device import Clock, Device
+from workers.edge_journey import Ended, Journey, Refused
+from workers.edge_links import EdgeLinks
+from workers.edge_prepare import prepare_request
+from workers.edge_queue import EdgeQueue
+from workers.edge_variants import EdgeVariants, OpenVariant, VariantStatistics
+from workers.edge_view import NodeView, Task, Unknown
+from workers.instance import Site
+from workers.preparing import Preparer
+
+MOST_BYTES_ON_THEIR_WAY: Final = 256 << 20
+"""Of bodies that wait to be adapted or sent. Beyond it, bodies are refused: QUEUE_FULL."""
+
+log = logging.getLogger(__name__)
+
+
+class NodeStatistics(msgspec.Struct, frozen=True):
+    """A node at one moment. entered = passing + handed_on + status.arrived; status.arrived = counts + length."""
+
+    status: NodeStatus
+    variants: VariantStatistics
+    entered: int
+    passing: int
+    handed_on: int
+    uplink_s: float
+    links_s: dict[str, float]
+
+
+class _Here:
+    """What belongs to one view: requests finish in the one that they came in."""
+
+    def __init__(self, clock: Clock, device: Device, variants: EdgeVariants, view: NodeView) -> None:
+        self.view = view
+        self.queue = EdgeQueue(clock, device, variants, view)
+        self.links = EdgeLinks(clock, view)
+
+
+class EdgeNode:
+    """One node. `peer_of(name)`: the link to a neighbour, if it is up; set while the board is followed."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        device: Device,
+        preparer: Preparer,
+        open_variant: OpenVariant,
+        epoch: str = "",
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+    ) -> None:
+        self.clock = clock
+        self.draining = False  # it has said that it will end
+        self.refusing = False  # nothing new is taken
+        self.cut_off = False  # what is still here ends now
+        self.named = asyncio.Event()
+        """Set while this worker is a node."""
+        self.peer_of: Callable[[str], Peer | None] = lambda name: None
+        self.on_change: Callable[[], None] = lambda: None
+        self.variants = EdgeVariants(clock, device, open_variant, self._changed)
+        self._device = device
+        self._preparer = preparer
+        self._limits = limits
+        self._epoch = epoch
+        self._here: _Here | None = None
+        self._name = ""
+        self._fault = "the deployment makes this worker no edge node"
+        self._bytes = 0
+        self._entered = 0
+        self._passing = 0
+        self._handed_on = 0
+        self._length = 0
+        self._counts = [0] * len(Attempt)
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    # the deployment
+
+    def follow(self, name: str, view: NodeView | None, fault: str = "") -> None:
+        """From now on this is node `name` ("": none) as `view` says; `fault`: why there is no view."""
+        self._name = name
+        self._fault = fault or "the deployment makes this worker no edge node"
+        if name:
+            self.named.set()
+        else:
+            self.named.clear()
+        if view is None:
+            self._here = None
+            self.variants.follow(0.0, frozenset(), {}, "cpu", 1)
+        else:
+            self._here = _Here(self.clock, self._device, self.variants, view)
+            self.variants.follow(view.memory_mb, view.variants, view.preload, view.device, view.threads)
+        self._changed()
+
+    def is_neighbour(self, name: str) -> bool:
+        """Whether a link joins this node to that one."""
+        return self._here is not None and any(one.name == name for one in self._here.view.neighbours.values())
+
+    # requests
+
+    async def infer(self, asked: EdgeInfer, payload: bytes) -> Ended:
+        """A client's request entered here. Never raises but when cancelled."""
+        journey = Journey(self.clock.now_s(), asked.budget_s)
+        return await self._counted(journey, lambda: self._enter(journey, asked, payload))
+
+    async def run(self, run: EdgeRun, payload: bytes) -> Ended:
+        """A neighbour passed a request on. Never raises but when cancelled."""
+        journey = Journey(self.clock.now_s(), run.budget_s, run.spent, run.adapted_mb)
+        return await self._counted(journey, lambda: self._pass(journey, run, payload))
+
+    async def _enter(self, journey: Journey, asked: EdgeInfer, payload: bytes) -> Ended:
+        here, task = self._task(asked)
+        if self._bytes + len(payload) > MOST_BYTES_ON_THEIR_WAY:
+            raise Refused(Attempt.QUEUE_FULL, f"node {self._name} holds {self._bytes >> 20} MiB of bodies already")
+        self._bytes += len(payload)
+        try:
+            async with asyncio.timeout(journey.left_s(self.clock.now_s())):
+                ready = await prepare_request(
+                    self._preparer, payload, asked.content_type, task.configuration, self._limits
+                )
+        except TimeoutError as error:
+            raise Refused(Attempt.EXPIRED, "its time was over before it was decoded") from error
+        finally:
+            self._bytes -= len(payload)
+        adapted = ready.adapted
+        journey.spend(decode_s=ready.decode_s, adapt_s=ready.adapt_s)
+        journey.adapted_mb = len(adapted.payload) / 1e6
+        await here.links.access(journey)
+        run = EdgeRun(
+            service=asked.service,
+            configuration=asked.configuration,
+            variant=asked.variant,
+            node=asked.node,
+            budget_s=0.0,
+            width=adapted.width,
+            height=adapted.height,
+            scale=adapted.scale,
+            fps=ready.fps,
+            frame_numbers=adapted.frame_numbers,
+            adapted_mb=journey.adapted_mb,
+        )
+        return await self._onward(here, task, journey, run, adapted.payload)
+
+    async def _pass(self, journey: Journey, run: EdgeRun, payload: bytes) -> Ended:
+        here, task = self._task(run)
+        if not (math.isfinite(run.scale) and run.scale > 0.0 and run.width > 0 and run.height > 0):
+            raise Refused(Attempt.INVALID, f"scale {run.scale} of {run.width} x {run.height} pixels makes no sense")
+        return await self._onward(here, task, journey, run, payload)
+
+    async def _onward(self, here: _Here, task: Task, journey: Journey, run: EdgeRun, payload: bytes) -> Ended:
+        if run.node != here.view.index:
+            return await here.links.forward(journey, run, payload, self.peer_of)
+        self._passing -= 1
+        self._length += 1
+        try:
+            attempt, answer = await here.queue.serve(journey, task, run, payload)
+        finally:
+            self._length -= 1
+            self._passing += 1
+        return self._ended(journey, attempt, answer=answer)
+
+    def _task(self, asked: EdgeInfer | EdgeRun) -> tuple[_Here, Task]:
+        if self._here is None:
+            raise Refused(Attempt.UNAVAILABLE, self._fault)
+        if self.refusing:
+            raise Refused(Attempt.UNAVAILABLE, f"node {self._name} is draining")
+        try:
+            return self._here, self._here.view.task(asked.service, asked.configuration, asked.variant, asked.node)
+        except Unknown as error:
+            raise Refused(Attempt.UNAVAILABLE, f"{error}; its deployment is another one") from error
+
+    # endings
+
+    async def _counted(self, journey: Journey, way: Callable[[], Awaitable[Ended]]) -> Ended:
+        """The end of a request's way, entered in the books exactly once."""
+        self._entered += 1
+        self._passing += 1
+        self._empty.clear()
+        attempt = Attempt.FAILED
+        try:
+            ended = await way()
+            attempt = Attempt(ended.reply.attempt)
+        except Refused as refused:
+            attempt = refused.attempt
+            ended = self._ended(journey, attempt, refused.reason, refused.http_status)
+        except asyncio.CancelledError:
+            attempt = Attempt.UNAVAILABLE if self.cut_off else Attempt.CANCELLED
+            raise
+        except Exception as error:  # a fault of ours: say so, and stay up
+            log.exception("a request ended unexpectedly", extra={"node": self._name})
+            attempt = Attempt.FAILED
+            ended = self._ended(journey, attempt, f"node {self._name} failed: {error!r}"[:500])
+        finally:
+            self._passing -= 1
+            if journey.passed_on:
+                self._handed_on += 1
+            else:
+                self._counts[attempt] += 1
+            if not self.held:
+                self._empty.set()
+        return ended
+
+    def _ended(
+        self, journey: Journey, attempt: Attempt, reason: str = "", http_status: int = 0, answer: bytes = b""
+    ) -> Ended:
+        reply = EdgeReply(
+            attempt,
+            self.status(),
+            reason,
+            http_status,
+            journey.adapted_mb,
+            journey.waiting_tflop,
+            journey.new_instance,
+            journey.spent,
+        )
+        return Ended(reply, answer)
+
+    def taken_back(self) -> Ended:
+        """What a request is answered with that was cancelled: by its client, or because the node ends."""
+        if self.cut_off:
+            return Ended(EdgeReply(Attempt.UNAVAILABLE, self.status(), f"node {self._name} has ended"))
+        return Ended(EdgeReply(Attempt.CANCELLED, self.status(), "the client has gone"))
+
+    # reading
+
+    @property
+    def name(self) -> str:
+        """Which node this is; empty if it is none."""
+        return self._name
+
+    @property
+    def held(self) -> int:
+        """Requests in this node's hands."""
+        return self._passing + self._length
+
+    async def emptied(self) -> None:
+        """Returns once no request is in this node's hands."""
+        await self._empty.wait()
+
+    def status(self) -> NodeStatus:
+        """This node at this moment."""
+        variants = self.variants.statistics()
+        return NodeStatus(
+            node=self._name,
+            epoch=self._epoch,
+            length=self._length,
+            waiting_tflop=self._here.queue.line.waiting_tflop(self.clock.now_s()) if self._here is not None else 0.0,
+            memory_used_mb=variants.memory_used_mb,
+            deployed=variants.deployed,
+            loading=variants.loading,
+            loads=variants.loads,
+            evictions=variants.evictions,
+            draining=self.draining,
+            arrived=self._entered - self._handed_on - self._passing,
+            counts=tuple(self._counts),
+            idle=variants.idle,
+        )
+
+    def record(self, site: Site) -> NodeRecord | None:
+        """What goes onto the board; None if this worker is no node."""
+        if not self._name:
+            return None
+        variants = self.variants.statistics()
+        return NodeRecord(
+            node=self._name,
+            worker=site.worker,
+            address=site.address,
+            epoch=site.epoch,
+            deployed=variants.deployed,
+            memory_mb=variants.memory_mb,
+            memory_used_mb=variants.memory_used_mb,
+            draining=self.draining,
+            reason=self._fault if self._here is None else self.variants.reason,
+        )
+
+    def statistics(self) -> NodeStatistics:
+        """This node at this moment, for metrics."""
+        links = self._here.links if self._here is not None else None
+        neighbours = self._here.view.neighbours if self._here is not None else {}
+        return NodeStatistics(
+            status=self.status(),
+            variants=self.variants.statistics(),
+            entered=self._entered,
+            passing=self._passing,
+            handed_on=self._handed_on,
+            uplink_s=links.uplink.busy_s if links is not None else 0.0,
+            links_s={neighbours[k].name: link.busy_s for k, link in links.to.items()} if links is not None else {},
+        )
+
+    def _changed(self) -> None:
+        self.on_change()
