@@ -1,4 +1,4 @@
-"""QDTrack's embedding head, its loss and the exported whole, each against plain computations."""
+"""QDTrack's embedding head and the exported whole, each against plain computations."""
 
 import itertools
 import math
@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from models.architectures import qdtrack, qdtrack_loss
+from models.architectures import qdtrack
 from models.architectures.small_detectors import small_faster_rcnn
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -69,78 +68,6 @@ def test_the_head_is_its_layers_one_after_another() -> None:
     hidden = np.maximum(features.flatten(1).detach().numpy() @ dense.weight.detach().numpy().T, 0)
     expected = hidden @ head.fc_embed.weight.detach().numpy().T
     assert np.allclose(head(pooled).detach().numpy(), expected, atol=1e-5)
-
-
-def losses_by_loops(first: Tensor, second: Tensor, owner: list[int], other: list[int]) -> tuple[float, float]:
-    """Eqs. 5 and 6 as sums."""
-    products, near, far = [], [], []
-    for i, mine in enumerate(owner):
-        same = [j for j, yours in enumerate(other) if mine == yours and mine != -1]
-        if not same:
-            continue
-        rest = [j for j in range(len(other)) if j not in same]
-        total = sum(math.exp(float(first[i] @ second[n]) - float(first[i] @ second[p])) for n in rest for p in same)
-        products.append(math.log(1 + total))
-        cosine = [float(first[i] @ v / (first[i].norm() * v.norm())) for v in second]
-        near += [(1 - cosine[j]) ** 2 for j in same]
-        far += [max(cosine[j] - 0.3, 0) ** 2 for j in rest]
-    hardest = sorted(far, reverse=True)[: 3 * len(near)]
-    return 0.25 * sum(products) / len(products), sum(near + hardest) / len(near + hardest)
-
-
-def test_losses_are_the_sums_written_out() -> None:
-    first, second = torch.randn(5, 6), torch.randn(7, 6)
-    owner, other = [1, 2, 2, -1, 9], [2, 1, 2, -1, -1, 3, 2]
-    found = qdtrack_loss.association_losses(first, second, torch.tensor(owner), torch.tensor(other))
-    product, cosine = losses_by_loops(first, second, owner, other)
-    assert found["product"].item() == pytest.approx(product, rel=1e-5)
-    assert found["cosine"].item() == pytest.approx(cosine, rel=1e-5)
-
-
-def test_frames_that_share_nothing_cost_nothing() -> None:
-    first = torch.randn(2, 3, requires_grad=True)
-    found = qdtrack_loss.association_losses(first, torch.randn(2, 3), torch.tensor([1, -1]), torch.tensor([2, -1]))
-    assert found["product"].item() == found["cosine"].item() == 0.0
-    found["product"].backward()  # type: ignore[no-untyped-call]
-
-
-def test_sampled_boxes_show_their_objects_or_nothing() -> None:
-    boxes, tracks = torch.tensor([[20.0, 20, 60, 70], [100, 50, 130, 80]]), torch.tensor([4, 9])
-    found, owner = qdtrack_loss.sampled_boxes(
-        boxes, tracks, 320, 192, shaken=10, elsewhere=20, generator=torch.Generator().manual_seed(3)
-    )
-    assert owner.tolist()[:2] == [4, 9]
-    assert (owner == -1).sum() > 5
-    assert (owner == 4).sum() > 3
-    for box, track in zip(found, owner.tolist(), strict=True):
-        overlaps = [overlap(box, true) for true in boxes]
-        assert (overlaps[tracks.tolist().index(track)] >= 0.7) if track != -1 else max(overlaps) < 0.3
-    nothing, nobody = qdtrack_loss.sampled_boxes(
-        boxes[:0], tracks[:0], 320, 192, shaken=4, elsewhere=5, generator=torch.Generator()
-    )
-    assert (len(nothing), set(nobody.tolist())) == (5, {-1})
-
-
-def overlap(one: Tensor, two: Tensor) -> float:
-    width = max(0.0, float(min(one[2], two[2]) - max(one[0], two[0])))
-    height = max(0.0, float(min(one[3], two[3]) - max(one[1], two[1])))
-    areas = float((one[2] - one[0]) * (one[3] - one[1]) + (two[2] - two[0]) * (two[3] - two[1]))
-    return width * height / (areas - width * height)
-
-
-def test_a_head_learns_to_tell_objects_apart() -> None:
-    head = small_head()
-    looks = torch.randn(4, 24, 5, 5)
-    optimiser = torch.optim.Adam(head.parameters(), 3e-3)
-    owner = torch.tensor([0, 1, 2, 3])
-    for _ in range(60):
-        first, second = (head(looks + 0.3 * torch.randn_like(looks)) for _ in range(2))
-        loss = sum(qdtrack_loss.association_losses(first, second, owner, owner).values(), torch.zeros(()))
-        optimiser.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-    products = head(looks) @ head(looks + 0.3 * torch.randn_like(looks)).T
-    assert products.softmax(dim=1).diagonal().min() > 0.9
 
 
 def test_served_boxes_are_the_detectors_and_embeddings_those_of_its_boxes() -> None:
