@@ -1,9 +1,10 @@
 """QDTrack's network (Pang et al. 2021): a two-stage detector, and a head that says what each box looks like.
 
 The detector is any of torchvision's shape (backbone, rpn, roi_heads): R-50-FPN for the published tracker
-(`faster_rcnn.py`); the rendered scenes' tracker has a smaller head of its own (`small_detectors.py`). The head takes the same pyramid's features, pooled to a grid of
-cells per box, through four convolutions and two layers to an embedding; its modules bear the names of the public
-checkpoints (convs.0.conv, convs.0.gn, ..., fcs.0, fc_embed). Association: `models/quasi_dense.py`.
+(`faster_rcnn.py`); the rendered scenes' tracker has a smaller head of its own (`small_detectors.py`). The head takes
+the same pyramid's features, pooled to a grid of cells per box, through four convolutions and two layers to an
+embedding; its modules bear the names of the public checkpoints (convs.0.conv, convs.0.gn, ..., fcs.0, fc_embed).
+Association: `models/quasi_dense.py`.
 """
 
 from typing import Any
