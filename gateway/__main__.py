@@ -44,7 +44,7 @@ async def serve(config: GatewayConfig) -> None:
     GuardedConnection.header_timeout_s = config.header_timeout_s
     async with Board(config.board_url) as board:
         gateway = GuardedConnection.gateway = Gateway(config, board)
-        async with gateway.fleet, gateway.exposition:
+        async with gateway.fleet, gateway.edge_view, gateway.exposition:
             await gateway.fleet.settle(FIRST_LOOK_S)
             server = DrainingServer(
                 uvicorn.Config(

@@ -48,7 +48,7 @@ def check_head(
     content_type = _content_type(headers)
     if headers.get(b"content-encoding", b"identity") != b"identity":
         raise Refused(Outcome.INVALID, "Content-Encoding is not accepted here: send the image's own bytes", 415)
-    budget_s = _budget_ms(headers, router.spec.requirement_ms) / 1000.0
+    budget_s = budget_ms(headers, router.spec.requirement_ms) / 1000.0
     check_length(headers.get(b"content-length"), router.spec.max_body_bytes)
     return router, content_type, budget_s
 
@@ -104,7 +104,8 @@ def _unsupported(name: str) -> str:
     )
 
 
-def _budget_ms(headers: dict[bytes, bytes], requirement_ms: float) -> float:
+def budget_ms(headers: dict[bytes, bytes], requirement_ms: float) -> float:
+    """What `X-Deadline-Ms` says, else the service's requirement. Raises `Refused` (INVALID)."""
     given = headers.get(b"x-deadline-ms")
     if given is None:
         return requirement_ms

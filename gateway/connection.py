@@ -10,6 +10,7 @@ even if the client had already sent the next one. Images (POST /v1/{service}) ar
 import asyncio
 from collections.abc import Sized
 from typing import Any, ClassVar, Final, cast
+from urllib.parse import unquote
 
 import httptools
 import msgspec
@@ -17,6 +18,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.admission import Receive, Scope
+from gateway.edge_exchange import EdgeExchange
 from gateway.exchange import Exchange
 from gateway.handle import PREFIX, Gateway
 from gateway.joined import JoinedSend
@@ -213,7 +215,9 @@ class GuardedConnection(HttpToolsProtocol):
     # exchanges
 
     def _open_exchange(self, path: bytes) -> None:
-        exchange = Exchange(
+        edge = self.gateway.edge_view.services
+        kind = EdgeExchange if edge and unquote(path[len(_INFER) :].decode("latin-1")) in edge else Exchange
+        exchange = kind(
             self.gateway,
             self,
             self.parser.get_method().decode("ascii"),

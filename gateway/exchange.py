@@ -16,10 +16,10 @@ from urllib.parse import unquote
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
 from gateway.admission import check_head, image_of, request_id, too_large, too_slow
+from gateway.edge_request import EdgeRequest, Ending
 from gateway.handle import PREFIX, Gateway
-from gateway.request import Answered, ClientGone, End, Refused, Request
+from gateway.request import Answered, ClientGone, Refused, Request
 from gateway.responses import answer_body, refusal
-from gateway.router import ServiceRouter
 from protocol.outcomes import Outcome
 
 log = logging.getLogger("gateway.exchange")
@@ -111,7 +111,7 @@ class Exchange:
         self._arrived_s = 0.0
         self._budget_s = 0.0
         self._content_type = ""
-        self._request: Request | None = None
+        self._request: Request | EdgeRequest | None = None
         self._spoilt: Refused | None = None
         self._body_timer: asyncio.TimerHandle | None = None
         self.keep_alive = keep_alive
@@ -123,30 +123,21 @@ class Exchange:
 
     def begin(self) -> None:
         """Every earlier request of the connection has been answered: this one's life starts."""
-        gateway, router = self._gateway, self._router
         self._begun = True
-        self._arrived_s = gateway.arrived(router)
         self._id = request_id(self._headers)
         try:
-            if self._spoilt is not None:
-                raise self._spoilt
-            if router is None:
-                gateway.check_started()
-            elif router.wants_phase:
-                gateway.fleet.report_phase(router.name, self._headers.get(b"x-tidegate-phase", b""))
-            router, self._content_type, self._budget_s = check_head(router, self._path, self._method, self._headers)
-            self._limit = router.spec.max_body_bytes
+            self._admit()
             if self._size > self._limit:
                 raise too_large(self._limit)
         except Exception as error:
             self._end(error)
             return
         if not self.more_body:
-            self._dispatch(router)
+            self._dispatch()
             return
         if self._continues:
             self._line.send(_CONTINUE)
-        timeout_s = gateway.config.body_timeout_s
+        timeout_s = self._gateway.config.body_timeout_s
         self._body_timer = asyncio.get_running_loop().call_later(timeout_s, self._end, too_slow())
 
     def take(self, part: bytes) -> None:
@@ -174,8 +165,7 @@ class Exchange:
         """The body has been read to its end."""
         self.more_body = False
         if self._begun and not self._ended:
-            assert self._router is not None, "a request whose head was refused has ended"
-            self._dispatch(self._router)
+            self._dispatch()
 
     def spoil(self, why: Refused) -> None:
         """The rest of the body will never come: `why` is this request's end, in its turn."""
@@ -193,7 +183,22 @@ class Exchange:
 
     # the rest of its life
 
-    def _dispatch(self, router: ServiceRouter) -> None:
+    def _admit(self) -> None:
+        """The head is judged. Raises `Refused`; `spoil` may have come before."""
+        gateway, router = self._gateway, self._router
+        self._arrived_s = gateway.arrived(router.name if router is not None else "")
+        if self._spoilt is not None:
+            raise self._spoilt
+        if router is None:
+            gateway.check_started()
+        elif router.wants_phase:
+            gateway.fleet.report_phase(router.name, self._headers.get(b"x-tidegate-phase", b""))
+        router, self._content_type, self._budget_s = check_head(router, self._path, self._method, self._headers)
+        self._limit = router.spec.max_body_bytes
+
+    def _dispatch(self) -> None:
+        router = self._router
+        assert router is not None, "a request whose head was refused has ended"
         self._arrived_whole()
         parts, self._parts = self._parts, []
         body = b"".join(parts)
@@ -203,22 +208,22 @@ class Exchange:
             self._end(error)
             return
         deadline_s = self._arrived_s + self._budget_s
-        self._request = Request(self._id, self._arrived_s, deadline_s, image, content_type, router.spec.top_k)
-        self._gateway.dispatcher.start(router, self._request, self._end)
+        self._request = request = Request(self._id, self._arrived_s, deadline_s, image, content_type, router.spec.top_k)
+        self._gateway.dispatcher.start(router, request, self._end)
 
-    def _end(self, end: End) -> None:
+    def _end(self, end: Ending) -> None:
         """The one end of this request: judged, counted, and told to the client if it is still there."""
         if self._ended:
             return
         self._ended = True
-        self._arrived_whole()
-        gateway, router, request = self._gateway, self._router, self._request
+        if self._held or self._body_timer is not None:
+            self._arrived_whole()
         now_s = time.monotonic()
         total_s = now_s - self._arrived_s
-        on_late = router.spec.on_late if router is not None else ""
-        outcome, refused = gateway.judge(end, self._id, request, on_late, now_s)
+        on_late = self._router.spec.on_late if self._router is not None else ""
+        request, self._request = self._request, None
+        outcome, refused = self._gateway.judge(end, self._id, request, on_late, now_s)
         self._parts = []
-        self._request = None
         try:
             if self.disconnected:
                 return
@@ -230,28 +235,38 @@ class Exchange:
                 answer = _BROKEN
             self._line.finish(self, answer)
         finally:  # after the answer has left: nobody waits for the books
-            gateway.count(router, "", outcome, end, total_s)
+            self._count(request, end, outcome, total_s)
 
-    def _answer(self, end: End, outcome: Outcome, refused: Refused | None, *, admitted: bool, total_s: float) -> bytes:
+    def _answer(
+        self, end: Ending, outcome: Outcome, refused: Refused | None, *, admitted: bool, total_s: float
+    ) -> bytes:
         """The bytes that tell the client of the end."""
-        router = self._router
         if refused is not None:
             self.keep_alive = self.keep_alive and admitted
-            status, headers, body = refusal(self._id, refused, self._gateway.retry_after_s(router))
+            status, headers, body = refusal(self._id, refused, self._retry_after_s())
             lines = [STATUS_LINE[status], *(b"%b: %b\r\n" % header for header in headers)]
             head = b"".join(lines)
             if self._method == "HEAD":
                 body = b""
         else:
-            assert isinstance(end, Answered), "without a refusal and with somebody to tell there is an answer"
-            assert router is not None, "only an admitted request is answered"
-            body = answer_body(self._id, router.name, outcome, end, total_s)
+            body = self._answer_body(end, outcome, total_s)
             head = _HEAD % (len(body), self._id.encode())
             if outcome is Outcome.LATE:
                 head += b"x-tidegate-late: 1\r\n"
         if not self.keep_alive:
             head += b"connection: close\r\n"
         return b"%b\r\n%b" % (head, body)
+
+    def _answer_body(self, end: Ending, outcome: Outcome, total_s: float) -> bytes:
+        assert isinstance(end, Answered), "without a refusal and with somebody to tell there is an answer"
+        assert self._router is not None, "only an admitted request is answered"
+        return answer_body(self._id, self._router.name, outcome, end, total_s)
+
+    def _count(self, request: Request | EdgeRequest | None, end: Ending, outcome: Outcome, total_s: float) -> None:
+        self._gateway.count(self._router, "", outcome, end, total_s)
+
+    def _retry_after_s(self) -> float:
+        return self._gateway.retry_after_s(self._router)
 
     def _arrived_whole(self) -> None:
         """The body is no upload any more: it has come to its end, or nobody wants the rest."""

@@ -19,6 +19,7 @@ import msgspec
 from gateway.router import ServiceRouter
 from protocol.board import BOARD_ERRORS, Board
 from protocol.deployment import few_of
+from protocol.edge_records import EdgeSpec
 from protocol.frames import Kind
 from protocol.link import LinkClosed
 from protocol.peer import Peer
@@ -44,9 +45,17 @@ One that had said that it was draining has ended in order, and is forgotten at o
 
 
 class Fleet:
-    """The services, their routers, and the links to workers. `on_change` is called when more may be routable."""
+    """The services, their routers, and the links to workers. `on_change` is called when more may be routable,
 
-    def __init__(self, board: Board, on_change: Callable[[], None]) -> None:
+    `on_deployment` with the edge part of every new deployment, which is not the fleet's business.
+    """
+
+    def __init__(
+        self,
+        board: Board,
+        on_change: Callable[[], None],
+        on_deployment: Callable[[EdgeSpec | None], None] = lambda edge: None,
+    ) -> None:
         self.board = board
         self.id = secrets.token_hex(4)
         self.deployment: Deployment | None = None
@@ -56,6 +65,7 @@ class Fleet:
         self.board_seen = False
         self._looked = False
         self._on_change = on_change
+        self._on_deployment = on_deployment
         self._records: dict[str, InstanceRecord] = {}
         self._seen_s: dict[str, float] = {}
         self._epochs: dict[str, str] = {}  # by address: which start of a worker is at the other end of its link
@@ -185,6 +195,7 @@ class Fleet:
                     self.services[name] = ServiceRouter(name, spec)
             except ValueError as error:
                 log.error("deployment %s version %d: %s", deployment.name, deployment.version, error)
+        self._on_deployment(deployment.edge)
         self._spread()
 
     async def _read_instances(self) -> None:

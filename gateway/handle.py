@@ -17,6 +17,11 @@ from gateway.admission import Receive, Uploads
 from gateway.arrivals import Arrivals
 from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher, DispatchStatistics
+from gateway.edge import EdgeDispatcher
+from gateway.edge_answer import Account
+from gateway.edge_metrics import EdgeMetrics
+from gateway.edge_request import EdgeAnswered, EdgeRequest, Ending
+from gateway.edge_view import EdgeView
 from gateway.exposition import Exposition
 from gateway.fleet import Fleet
 from gateway.inferences import Inferences
@@ -68,9 +73,12 @@ class Gateway:
 
     def __init__(self, config: GatewayConfig, board: Board, seed: int | None = None) -> None:
         self.config = config
-        self.fleet = Fleet(board, on_change=lambda: self.dispatcher.release())
+        self.edge_view = EdgeView(board)
+        self.fleet = Fleet(board, on_change=lambda: self.dispatcher.release(), on_deployment=self.edge_view.configure)
         self.dispatcher = Dispatcher(self.fleet, Random(seed).random, config.answer_timeout_s)
+        self.edge = EdgeDispatcher(self.edge_view, config.answer_timeout_s)
         self.metrics = GatewayMetrics()
+        self.edge_metrics = EdgeMetrics()
         self.exposition = Exposition(
             self.fleet.id, self.metrics, self.fleet.services.values, self.dispatcher.statistics, config.metrics_folder
         )
@@ -82,23 +90,28 @@ class Gateway:
 
     # the steps of a life
 
-    def arrived(self, router: ServiceRouter | None, variant: str = "") -> float:
-        """A request has come: the time. One that is pinned to a variant is noted as the variant's: no router's work."""
+    def arrived(self, service: str) -> float:
+        """A request has come: the time. One that is pinned to a variant is noted as the variant's: no router's work.
+
+        `service` is empty for one that does not exist.
+        """
         now_s = time.monotonic()
         self._arrived += 1
-        if router is not None:
-            self.arrivals.add(now_s, variant or router.name)
+        if service:
+            self.arrivals.add(now_s, service)
         return now_s
 
     def check_started(self) -> None:
         """Raises `Refused` (UNAVAILABLE) before the first deployment has been seen."""
-        if not self.fleet.services:
+        if not self.fleet.services and not self.edge_view.services:
             raise Refused(Outcome.UNAVAILABLE, "the gateway is starting: it has not seen a deployment yet")
 
     @staticmethod
-    def judge(end: End, id: str, request: Request | None, on_late: str, now_s: float) -> tuple[Outcome, Refused | None]:
+    def judge(
+        end: Ending, id: str, request: Request | EdgeRequest | None, on_late: str, now_s: float
+    ) -> tuple[Outcome, Refused | None]:
         """The outcome, and what the client is told if that is an error; None for an answer or nobody to tell."""
-        if isinstance(end, Answered):
+        if not isinstance(end, Exception):
             assert request is not None, "only an admitted request is answered"
             if now_s <= request.deadline_s:
                 return Outcome.OK, None
@@ -115,7 +128,7 @@ class Gateway:
             Outcome.FAILED, "internal error: the gateway's log has the details under this id"
         )
 
-    def count(self, router: ServiceRouter | None, variant: str, outcome: Outcome, end: End, total_s: float) -> None:
+    def count(self, router: ServiceRouter | None, variant: str, outcome: Outcome, end: Ending, total_s: float) -> None:
         """The one place where requests are counted. `variant`: the pinned one, if any."""
         name = router.name if router is not None else UNKNOWN
         if isinstance(end, Answered):
@@ -125,6 +138,26 @@ class Gateway:
             self.metrics.count(name, outcome, None, None)
             self.inferences.add_failure(name, variant)
 
+    def count_edge(
+        self,
+        service: str,
+        request: EdgeRequest | None,
+        outcome: Outcome,
+        end: Ending,
+        account: Account | None,
+        total_s: float,
+    ) -> None:
+        """As `count`, for a request to an edge service; `request` if it was admitted, `account` if it was answered."""
+        if isinstance(end, EdgeAnswered):
+            choice = end.choice.placement
+            net = end.request.net
+            variant = net.network.tables[net.service_of[service]].variants[choice.variant]
+            self.metrics.count(service, outcome, total_s, variant)
+        else:
+            self.metrics.count(service, outcome, None, None)
+        if request is not None:
+            self.edge_metrics.count(request, outcome, end, account)
+
     @staticmethod
     def retry_after_s(router: ServiceRouter | None) -> float:
         """When a refused client may come again: when the first instance is predicted to be clear."""
@@ -133,7 +166,7 @@ class Gateway:
     async def serve(self, call: Call, presence: Presence, receive: Receive, send: Send) -> None:
         """The life of one request that came over ASGI."""
         router = call.router
-        arrived_s = now_s = self.arrived(router, call.variant)
+        arrived_s = now_s = self.arrived(call.variant or (router.name if router is not None else ""))
         end: End = ClientGone()
         outcome, refused = Outcome.CANCELLED, None
         request: Request | None = None

@@ -16,7 +16,7 @@ import msgspec
 from gateway.batch_forecast import BatchForecast
 from policies.routing.contract import HOLD, REJECT, Rule
 from policies.routing.draw import cumulative
-from policies.routing.estimation import arrive, depart, learn_margin, learn_service, new_margin
+from policies.routing.estimation import arrive, depart, learn_margin, learn_service, learn_tail, new_margin
 from policies.routing.rules import RULES
 from protocol.records import InstanceRecord, PolicyStatus, ServiceSpec, Table
 
@@ -195,8 +195,8 @@ class ServiceRouter:
         self._count()
         if self.margin[0] == self._first_margin:  # nothing learned yet: start as these instances' service times ask
             longest_s = max((self.service_s[i] for i, places in enumerate(self.capacity) if places > 0), default=1e9)
-            self.margin = new_margin(1.0 - self.spec.percentile, longest_s / self._requirement_s)
-            self._first_margin = self.margin[0]
+            self._first_margin = new_margin(1.0 - self.spec.percentile, longest_s / self._requirement_s)[0]
+            self.margin[0] = self._first_margin
 
     def close(self, target: Target) -> None:
         """No further request for this instance until the next registration says that it is ready."""
@@ -305,6 +305,7 @@ class ServiceRouter:
         if service_s > 0.0:
             target.heard = True
             times = served if self.batches is None else self.batches.times(index, served)
+            learn_tail(service_s / times, self.service_s[index], self.margin)
             learn_service(index, service_s / times, self.service_s, SERVICE_LEARNING_RATE)
         remaining = max(length, target.in_flight)
         if self.batches is None:

@@ -10,7 +10,7 @@ once: the reply frame, or `LinkClosed`.
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -26,6 +26,9 @@ _WRITE_TOGETHER_BYTES = 16_384
 class LinkClosed(ConnectionError):
     """The connection ended while a reply was awaited, or before a frame could be sent."""
 
+
+Payload = bytes | Sequence[bytes | bytearray]
+"""A frame's payload; one that came in pieces need not be joined (20 MB would take the loop milliseconds)."""
 
 OnReply = Callable[[Frame | LinkClosed], None]
 """Called once with the reply, or with why none will come. Runs in the event loop and must not block or raise."""
@@ -103,17 +106,22 @@ class Connection(asyncio.Protocol):
 
     # the owner's side
 
-    def send(self, kind: Kind, request_id: int, meta: msgspec.Struct | None = None, payload: bytes = b"") -> None:
+    def send(self, kind: Kind, request_id: int, meta: msgspec.Struct | None = None, payload: Payload = b"") -> None:
         """Writes one frame. Raises `LinkClosed` if the connection has ended."""
         if self.closed or self._transport is None:
             raise LinkClosed(self.close_reason or "not connected")
+        if not isinstance(payload, bytes):
+            size = sum(map(len, payload))
+            head = encode_head(kind, request_id, _encode(meta) if meta is not None else b"", size)
+            self._transport.writelines((head, *payload))
+            return
         head = encode_head(kind, request_id, _encode(meta) if meta is not None else b"", len(payload))
         if len(payload) <= _WRITE_TOGETHER_BYTES:
             self._transport.write(head + payload)
         else:
             self._transport.writelines((head, payload))
 
-    def ask(self, kind: Kind, meta: msgspec.Struct | None, payload: bytes, on_reply: OnReply) -> int:
+    def ask(self, kind: Kind, meta: msgspec.Struct | None, payload: Payload, on_reply: OnReply) -> int:
         """Sends a frame that will be answered: its request id. Raises `LinkClosed` if the connection has ended.
 
         On the request path: a callback costs a tenth of a future and the turn of the loop that wakes who awaits it.

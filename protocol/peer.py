@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from protocol.frames import Frame, Kind
-from protocol.link import Connection, LinkClosed, OnReply, connect
+from protocol.link import Connection, LinkClosed, OnReply, Payload, connect
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
@@ -42,7 +42,7 @@ class Peer:
         """Try to connect now instead of at the end of the current pause (the worker was just seen alive)."""
         self._hurry.set()
 
-    def ask(self, kind: Kind, meta: msgspec.Struct | None, payload: bytes, on_reply: OnReply) -> int:
+    def ask(self, kind: Kind, meta: msgspec.Struct | None, payload: Payload, on_reply: OnReply) -> int:
         """Like `Connection.ask`. Raises `LinkClosed` while the link is down."""
         if self._connection is None:
             raise LinkClosed(self.last_error or f"not connected to {self.address}")

@@ -4,7 +4,7 @@ The scheduler decides so for everybody; a gateway that has to decide alone uses 
 or reads a clock.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar, cast
 
@@ -35,9 +35,9 @@ def loads_of(
     network: EdgeNetwork,
     statuses: Mapping[int, NodeStatus],
     queue_capacity: int,
-    without: Collection[int] = (),
+    closed: Mapping[int, str],
 ) -> Loads:
-    """What nodes say, by index; one that says nothing, drains, is full or stands in `without` is closed.
+    """What nodes say, by index; one that says nothing, drains or is full is closed, and those that the caller closes.
 
     Idle variants count as loaded while memory is plenty. Where the largest variant would not fit beside them, they
     count as gone: the node evicts them, and a request that uses one after all finds it there, for less than predicted.
@@ -46,14 +46,14 @@ def loads_of(
         waiting_tflop=np.zeros(network.nodes),
         memory_used_mb=np.zeros(network.nodes),
         deployed=np.zeros((network.nodes, network.variant_columns), dtype=bool),
-        closed=(closed := {}),
+        closed=(shut := dict(closed)),
     )
     columns = _columns(network)
     largest_mb = float(network.variant_mb.max()) + max(table.data_mb[1] for table in network.tables)
     for k in range(network.nodes):
         status = statuses.get(k)
         if status is None:
-            closed[k] = "is not there"
+            shut[k] = "is not there"
             continue
         used_mb = status.memory_used_mb
         there = {*status.deployed, *status.loading}
@@ -67,11 +67,9 @@ def loads_of(
             if one in columns:
                 loads.deployed[k, columns[one][0]] = True
         if status.draining:
-            closed[k] = "is draining"
+            shut[k] = "is draining"
         elif status.length >= queue_capacity:
-            closed[k] = "has a full queue"
-        elif k in without:
-            closed[k] = "refused a request a moment ago"
+            shut[k] = "has a full queue"
     return loads
 
 

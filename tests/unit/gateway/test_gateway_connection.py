@@ -11,8 +11,9 @@ import pytest
 
 from gateway.exchange import Exchange
 from protocol.outcomes import Attempt
+from tests.fakes.scripted_client import Client, soon
 from tests.fakes.scripted_worker import ScriptedFleet
-from tests.unit.gateway.test_gateway_handle import CHUNKED, Client, gateway_over, run, soon, tally
+from tests.unit.gateway.test_gateway_handle import CHUNKED, gateway_over, run, tally
 
 ANSWER = b'{"predictions":[]}'
 

@@ -15,8 +15,9 @@ import pytest
 
 from gateway.handle import Gateway
 from protocol.outcomes import Attempt
+from tests.fakes.scripted_client import Client, soon
 from tests.fakes.scripted_worker import ScriptedFleet
-from tests.unit.gateway.test_gateway_handle import Client, gateway_over, run, soon
+from tests.unit.gateway.test_gateway_handle import gateway_over, run
 
 ANSWER = b'{"predictions":[]}'
 _PNG = {"content-type": "image/png"}

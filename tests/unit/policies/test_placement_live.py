@@ -25,9 +25,9 @@ def idle_nodes(node: int = 0, status: NodeStatus | None = None) -> dict[int, Nod
     return statuses | ({node: status} if status is not None else {})
 
 
-def loads(without: tuple[int, ...] = (), node: int = 0, status: NodeStatus | None = None) -> Loads:
+def loads(without: dict[int, str] | None = None, node: int = 0, status: NodeStatus | None = None) -> Loads:
     """Of those nodes."""
-    return loads_of(NETWORK, idle_nodes(node, status), 4, without)
+    return loads_of(NETWORK, idle_nodes(node, status), 4, without or {})
 
 
 def test_a_window_is_decided_as_the_environment_decides_it() -> None:
@@ -71,7 +71,7 @@ def test_closed_nodes_are_not_chosen(status: NodeStatus | None, why: str) -> Non
     del statuses[chosen]
     if status is not None:
         statuses[chosen] = status
-    here = loads_of(NETWORK, statuses, 4)
+    here = loads_of(NETWORK, statuses, 4, {})
     assert here.closed == ({chosen: why} if why else {})
     again = place_window(NETWORK, Sequential(NETWORK), DETECTION[:1], here, 8, RNG)[0]
     assert (again.node == chosen) == (not why)
@@ -79,19 +79,19 @@ def test_closed_nodes_are_not_chosen(status: NodeStatus | None, why: str) -> Non
 
 
 def test_nodes_to_avoid_are_closed_by_name() -> None:
-    assert loads((2, 5)).closed == dict.fromkeys((2, 5), "refused a request a moment ago")
+    assert loads({2: "is away", 5: "is dull"}).closed == {2: "is away", 5: "is dull"}
 
 
 def test_refusals_say_why_and_whether_time_lacked() -> None:
     late, missing = (
         place_window(NETWORK, Sequential(NETWORK), [replace_deadline(0.01)], here, 4, RNG)[0]
-        for here in (loads(), loads_of(NETWORK, {}, 4))
+        for here in (loads(), loads_of(NETWORK, {}, 4, {}))
     )
     assert late.late
     assert "deadline of 0.01 s" in late.reason
     assert (late.configuration, late.variant, late.node) == (REJECT, REJECT, REJECT)
     assert "16 of 16 nodes cannot be chosen" in missing.reason
-    nowhere = place_window(NETWORK, Sequential(NETWORK), DETECTION[:1], loads_of(NETWORK, {}, 4), 4, RNG)[0]
+    nowhere = place_window(NETWORK, Sequential(NETWORK), DETECTION[:1], loads_of(NETWORK, {}, 4, {}), 4, RNG)[0]
     assert not nowhere.late
     assert "memory" in nowhere.reason
 
@@ -115,8 +115,8 @@ class Always:
 
 
 def test_a_policy_that_insists_on_a_closed_node_is_told_so() -> None:
-    refused = place_window(NETWORK, Always(0, 0, 7), DETECTION[:1], loads((7,)), 4, RNG)[0]
-    assert refused.reason == f"node {NETWORK.graph.names[7]}, which the policy chose, refused a request a moment ago"
+    refused = place_window(NETWORK, Always(0, 0, 7), DETECTION[:1], loads({7: "is shut"}), 4, RNG)[0]
+    assert refused.reason == f"node {NETWORK.graph.names[7]}, which the policy chose, is shut"
 
 
 def test_loaded_variants_cost_no_memory_and_idle_ones_make_room_under_pressure() -> None:
@@ -124,13 +124,13 @@ def test_loaded_variants_cost_no_memory_and_idle_ones_make_room_under_pressure()
     roomy = int(NETWORK.graph.memory_mb.argmax())
     total_mb = float(NETWORK.graph.memory_mb[roomy])
     there = NodeStatus("n", deployed=names[:1], idle=names[:1], memory_used_mb=float(memory_mb[0]))
-    relaxed = loads((), roomy, there)
+    relaxed = loads(None, roomy, there)
     assert relaxed.deployed[roomy, 0]
     assert relaxed.memory_used_mb[roomy] == memory_mb[0]
-    pressed = loads((), roomy, replace_memory(there, total_mb - 1.0))
+    pressed = loads(None, roomy, replace_memory(there, total_mb - 1.0))
     assert not pressed.deployed[roomy, 0]
     assert pressed.memory_used_mb[roomy] == pytest.approx(total_mb - 1.0 - memory_mb[0])
-    pinned = loads((), roomy, NodeStatus("n", deployed=names[:1], memory_used_mb=total_mb - 1.0))
+    pinned = loads(None, roomy, NodeStatus("n", deployed=names[:1], memory_used_mb=total_mb - 1.0))
     assert pinned.deployed[roomy, 0]
     assert pinned.memory_used_mb[roomy] == total_mb - 1.0
 
@@ -177,7 +177,7 @@ def test_agents_by_position_get_their_own_requests() -> None:
 
 
 def test_deciding_leaves_the_loads_as_they_are() -> None:
-    here = loads((2,))
+    here = loads({2: "is shut"})
     place_window(NETWORK, Sequential(NETWORK), DETECTION, here, 2, RNG)
     assert (here.memory_used_mb == 100.0).all()
     assert (here.waiting_tflop == 0.0).all()

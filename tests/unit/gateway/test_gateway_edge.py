@@ -1,0 +1,532 @@
+"""Edge requests through the gateway: scripted nodes and scheduler below, HTTP bytes above, every end counted."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import msgspec
+import pytest
+
+from gateway import edge_decide, edge_view
+from gateway.config import GatewayConfig
+from gateway.handle import Gateway
+from protocol.board import Board
+from protocol.edge_records import (
+    ControllerRecord,
+    Decide,
+    Decision,
+    EdgeInfer,
+    EdgeLinkSpec,
+    EdgeNodeSpec,
+    EdgeReply,
+    EdgeServiceSpec,
+    EdgeSpec,
+    NodeStatus,
+    Placement,
+    Spent,
+)
+from protocol.frames import Frame, Kind
+from protocol.link import Connection, serve
+from protocol.outcomes import Attempt
+from tests.fakes.scripted_client import Client, soon
+from tests.fakes.scripted_nodes import EdgeBoard, Script, ScriptedNode, answering, until
+from tests.unit.gateway.test_gateway_handle import tally
+
+NODES = ("north", "middle", "south")
+JPEG = {"content-type": "image/jpeg"}
+BODY = b"j" * 200_000
+
+
+def edge_spec(**settings: Any) -> EdgeSpec:
+    """Three nodes in a row, Huang's two services."""
+    return EdgeSpec(
+        services={
+            "detection": EdgeServiceSpec(table="detection", requirement_ms=2000.0),
+            "tracking": EdgeServiceSpec(table="tracking", requirement_ms=25_000.0),
+        },
+        nodes=tuple(
+            EdgeNodeSpec(name=name, latitude=-37.80 - 0.01 * n, longitude=145.0, tflops=1.0 + n, memory_mb=4096.0,
+                         uplink_mbps=64.0)
+            for n, name in enumerate(NODES)
+        ),
+        links=(
+            EdgeLinkSpec(between=("north", "middle"), bandwidth_mbps=400.0),
+            EdgeLinkSpec(between=("middle", "south"), bandwidth_mbps=200.0),
+        ),
+        **{"policy": "beam", "window_ms": 5.0, "per_service": 4, **settings},
+    )  # fmt: skip
+
+
+class ScriptedScheduler:
+    """Takes DECIDE frames; answers with `placements` of its own, or not at all."""
+
+    def __init__(self, folder: Path, decide: Callable[[Decide], Decision | None]) -> None:
+        self.address = f"unix:{folder}/scheduler.sock"
+        self.decide = decide
+        self.asked: list[Decide] = []
+        self._server: asyncio.Server | None = None
+
+    async def start(self) -> None:
+        """Listen."""
+        self._server = await serve(self.address, lambda: Connection(self._on_frame))
+
+    async def stop(self) -> None:
+        """Done."""
+        assert self._server is not None
+        self._server.close()
+        await asyncio.sleep(0)
+
+    def _on_frame(self, connection: Connection, frame: Frame) -> None:
+        if frame.kind == Kind.DECIDE:
+            asked = msgspec.msgpack.decode(frame.meta, type=Decide)
+            self.asked.append(asked)
+            if (decision := self.decide(asked)) is not None:
+                connection.send(Kind.DECISION, frame.request_id, decision)
+
+
+class World:
+    """A gateway over scripted nodes."""
+
+    def __init__(self, folder: Path, script: Script | None = None) -> None:
+        self.board = EdgeBoard()
+        self.nodes = {name: ScriptedNode(name, folder, script) for name in NODES}
+        config = GatewayConfig(board_url="redis://127.0.0.1:1/0", answer_timeout_s=0.5)
+        self.gateway = Gateway(config, cast(Board, self.board), seed=1)
+
+    def __getitem__(self, name: str) -> ScriptedNode:
+        return self.nodes[name]
+
+    def ask(
+        self,
+        service: str = "detection",
+        body: bytes = BODY,
+        headers: dict[str, str] | None = None,
+        method: str = "POST",
+    ) -> Client:
+        """A request on a connection of its own."""
+        return Client(body, {**JPEG, **(headers or {})}, f"/v1/{service}", method).ask(self.gateway)
+
+    async def answer(self, client: Client) -> dict[str, Any]:
+        """Of that request, once it has come."""
+        await until(lambda: bool(client.socket.written))
+        await client.answered()
+        return client.json
+
+    def received(self) -> dict[str, list[EdgeInfer]]:
+        """What nodes were asked."""
+        return {name: [asked for asked, _ in node.asked] for name, node in self.nodes.items() if node.asked}
+
+
+@asynccontextmanager
+async def world(
+    folder: Path, script: Script | None = None, spec: EdgeSpec | None = None, up: Any = NODES
+) -> AsyncIterator[World]:
+    """A running one, whose nodes have said how they are; at its end nothing may be under way."""
+    async with asyncio.timeout(30.0):
+        one = World(folder, script)
+        for name in up:
+            await one[name].start()
+            one.board.node_records.append(one[name].record)
+        one.gateway.edge_view.configure(spec or edge_spec())
+        async with one.gateway.edge_view as view:
+            await until(lambda: view.net is not None or bool(view.fault))
+            if view.net is not None:
+                await until(lambda: len(view.links.known(asyncio.get_running_loop().time(), 5.0)) == len(up))
+            yield one
+            assert one.gateway.statistics().in_flight == 0
+            tally(one.gateway)
+        for name in up:
+            await one[name].stop()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Boards are read again at once."""
+    monkeypatch.setattr(edge_view, "READ_AGAIN_S", 0.01)
+
+
+def run(body: Callable[[], Any]) -> None:
+    asyncio.run(body())
+
+
+def test_an_image_is_placed_sent_and_answered_with_its_story(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, answering(NodeStatus("south"))) as here:
+            client = here.ask(headers={"x-edge-node": "middle", "x-request-id": "mine"})
+            told = await here.answer(client)
+            assert client.status == 200
+            (asked,) = here.received()["middle"]
+            assert list(here.received()) == ["middle"]
+            assert here["middle"].asked[0][1] == BODY
+            assert (asked.service, asked.content_type) == ("detection", "image/jpeg")
+            assert 1.5 < asked.budget_s < 2.0
+            table = here.gateway.edge_view.net.network.tables[0]  # type: ignore[union-attr]
+            decision = told["decision"]
+            assert decision == {
+                "configuration": {
+                    "name": table.configurations[asked.configuration],
+                    "settings": table.settings[asked.configuration],
+                },
+                "variant": table.variants[asked.variant],
+                "node": NODES[asked.node],
+                "entry": "middle",
+                "policy": "sequential",
+                "decided_by": "gateway",
+                "second_choice": False,
+            }
+            assert told["detections"] == []
+            assert (told["request_id"], told["service"], told["outcome"]) == ("mine", "detection", "OK")
+            assert told["expected_accuracy"] == table.accuracy[asked.configuration, asked.variant]
+            assert told["emulated"] is True
+            delay = told["delay_s"]
+            assert delay["total"] == pytest.approx(0.1 + 0.05 + 0.02 + 0.2)
+            assert 0.005 <= delay["real"]["window"] < delay["real"]["total"]
+            # Eqs. 8 to 10 by hand: the node said 0.5 MB adapted and a variant loaded anew.
+            hops = {0: 1, 1: 0, 2: 1}[asked.node]
+            cost, per_mb = told["cost_usd"], 0.016 / 1024
+            assert cost["routing"] == pytest.approx(8 * 0.5 * 0.002 * hops)
+            assert cost["memory"] == pytest.approx(per_mb * table.memory_mb[asked.variant])
+            tflops = 1.0 + asked.node
+            assert cost["compute"] == pytest.approx(0.0003 * table.tflop[asked.variant] / tflops + per_mb * 0.5)
+            assert cost["total"] == pytest.approx(cost["routing"] + cost["memory"] + cost["compute"])
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("service", "headers", "method", "body", "status", "says"),
+    [
+        ("detection", {"x-edge-node": "nroth"}, "POST", BODY, 400, "no such node; there are north, middle, south; did"),
+        ("detection", {"x-position": "12"}, "POST", BODY, 400, "X-Position = '12': must be LATITUDE,LONGITUDE"),
+        ("detection", {"x-position": "nan,144"}, "POST", BODY, 400, "must be LATITUDE,LONGITUDE"),
+        ("detection", {"x-position": "91,144"}, "POST", BODY, 400, "must be LATITUDE,LONGITUDE"),
+        ("detection", {"x-deadline-ms": "0"}, "POST", BODY, 400, "X-Deadline-Ms = '0': must be milliseconds, above 0"),
+        ("detection", {}, "POST", b"", 400, "the body is empty"),
+        ("detection", {}, "GET", b"", 405, "POST the image or clip"),
+        ("tracking", {"content-type": "text/html"}, "POST", BODY, 415, "send image/jpeg, image/png, video/mp4"),
+        ("tracking", {"content-encoding": "gzip"}, "POST", BODY, 415, "Content-Encoding"),
+        ("tracking", {}, "POST", b"x" * 300_001, 413, "larger than 300000 bytes"),
+        ("segmentation", {}, "POST", BODY, 404, "no service of this name: /v1/segmentation"),
+    ],
+)  # fmt: skip
+def test_nonsense_is_refused_with_a_remedy(
+    tmp_path: Path, service: str, headers: dict[str, str], method: str, body: bytes, status: int, says: str
+) -> None:
+    spec = edge_spec()
+    services = {name: msgspec.structs.replace(one, max_body_bytes=300_000) for name, one in spec.services.items()}
+
+    async def one() -> None:
+        async with world(tmp_path, spec=msgspec.structs.replace(spec, services=services)) as here:
+            client = here.ask(service, body, headers, method)
+            told = await here.answer(client)
+            assert client.status == status
+            assert says in told["error"]
+            assert told["code"] == "INVALID"
+            assert here.received() == {}
+            assert tally(here.gateway) == {"INVALID": 1}
+
+    run(one)
+
+
+def test_a_position_enters_at_the_nearest_access_point_and_a_dead_one_is_stood_in_for(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, answering(NodeStatus("south")), up=("north", "middle")) as here:
+            near_south = {"x-position": "-37.8201,145.001"}
+            first = await here.answer(here.ask(headers=near_south))
+            assert first["decision"]["entry"] == "middle"  # south is dead: the nearest that lives
+            assert list(here.received()) == ["middle"]
+            second = await here.answer(here.ask(headers={"x-position": "-37.80,145"}))
+            assert second["decision"]["entry"] == "north"
+            assert {asked.node for asked in here.received()["north"]} <= {0, 1}
+
+    run(body)
+
+
+def test_a_window_closes_when_a_service_has_its_number_or_its_time_is_over(tmp_path: Path) -> None:
+    async def body() -> None:
+        spec = edge_spec(window_ms=600.0, per_service=2)
+        async with world(tmp_path, answering(NodeStatus("north")), spec) as here:
+            first = here.ask("detection")
+            here.ask("tracking")
+            await asyncio.sleep(0.02)
+            assert not here.received()
+            assert here.gateway.edge.counts().waiting == 2
+            last = here.ask("detection")  # the second of its service
+            whole = await here.answer(last)
+            assert whole["delay_s"]["real"]["window"] < 0.5
+            assert (await here.answer(first))["delay_s"]["real"]["window"] >= 0.02
+            await until(lambda: here.gateway.statistics().in_flight == 0)
+            assert here.gateway.edge.counts().windows == {"gateway": 1}
+            lonely = await here.answer(here.ask("detection"))
+            assert lonely["delay_s"]["real"]["window"] >= 0.6
+            assert here.gateway.edge.counts().windows == {"gateway": 2}
+
+    run(body)
+
+
+def test_a_client_that_leaves_is_forgotten_in_its_window_and_cancelled_at_its_node(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path) as here:
+            early = here.ask(headers={"x-edge-node": "south"})
+            early.leave()
+            assert tally(here.gateway) == {"CANCELLED": 1}
+            assert here.gateway.edge.counts().waiting == 0
+            late = here.ask(headers={"x-edge-node": "south"})
+            await here["south"].arrived.wait()
+            late.leave()
+            await until(lambda: bool(here["south"].cancelled))
+            assert tally(here.gateway) == {"CANCELLED": 2}
+            assert len(here["south"].asked) == 1
+            cut_off = Client(BODY, JPEG, "/v1/tracking").connect(here.gateway)
+            cut_off.send(cut_off.request[:-1000])
+            assert here.gateway.uploads.held > 0
+            cut_off.leave()
+            assert here.gateway.uploads.held == 0
+            assert tally(here.gateway) == {"CANCELLED": 3}
+
+    run(body)
+
+
+def failing(attempt: Attempt, *nodes: str) -> Script:
+    """A script by which those nodes refuse what is decided for them, and all others serve."""
+
+    def script(asked: EdgeInfer, payload: bytes) -> tuple[EdgeReply, bytes]:
+        name = NODES[asked.node]
+        if name in nodes:
+            return EdgeReply(attempt, NodeStatus(name), reason=f"{name} will not"), b""
+        return EdgeReply(Attempt.OK, NodeStatus(name), adapted_mb=0.1, spent=Spent()), b'{"detections":[]}'
+
+    return script
+
+
+@pytest.mark.parametrize("attempt", [Attempt.QUEUE_FULL, Attempt.UNAVAILABLE])
+def test_a_node_that_refuses_leads_to_one_second_choice_without_it(tmp_path: Path, attempt: Attempt) -> None:
+    async def body() -> None:
+        async with world(tmp_path, failing(attempt, "south")) as here:  # south has the most TFLOPS: everybody's first
+            told = await here.answer(here.ask(headers={"x-edge-node": "middle"}))
+            first, second = here.received()["middle"]
+            assert NODES[first.node] == "south"
+            assert told["decision"]["node"] == NODES[second.node] != "south"
+            assert told["decision"]["second_choice"] is True
+            assert here.gateway.edge.counts().second_choices == 1
+            assert second.budget_s < first.budget_s
+            again = await here.answer(here.ask(headers={"x-edge-node": "middle"}))  # at once: it is still avoided
+            assert again["decision"]["second_choice"] is False
+            assert tally(here.gateway) == {"OK": 2}
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "status", "code"), [(Attempt.QUEUE_FULL, 429, "QUEUE_FULL"), (Attempt.UNAVAILABLE, 503, "UNAVAILABLE")]
+)
+def test_two_refusals_are_the_end(tmp_path: Path, attempt: Attempt, status: int, code: str) -> None:
+    async def body() -> None:
+        async with world(tmp_path, failing(attempt, *NODES)) as here:
+            client = here.ask(headers={"x-edge-node": "middle"})
+            told = await here.answer(client)
+            assert (client.status, told["code"]) == (status, code)
+            assert "will not" in told["error"]
+            assert len(here.received()["middle"]) == 2
+            assert "retry-after" in client.headers
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "http_status", "status", "code"),
+    [
+        (Attempt.INVALID, 415, 415, "INVALID"),
+        (Attempt.EXPIRED, 0, 504, "EXPIRED"),
+        (Attempt.FAILED, 0, 500, "FAILED"),
+        (Attempt.LATE, 0, 200, None),
+    ],
+)
+def test_other_ends_are_final(
+    tmp_path: Path, attempt: Attempt, http_status: int, status: int, code: str | None
+) -> None:
+    def script(asked: EdgeInfer, payload: bytes) -> tuple[EdgeReply, bytes]:
+        return EdgeReply(attempt, NodeStatus("north"), reason="no", http_status=http_status), b'{"detections":[]}'
+
+    async def body() -> None:
+        async with world(tmp_path, script) as here:
+            client = here.ask()
+            told = await here.answer(client)
+            assert client.status == status
+            assert told.get("code") == code
+            assert sum(map(len, here.received().values())) == 1
+
+    run(body)
+
+
+def test_a_node_that_dies_with_a_request_is_stood_in_for(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path) as here:
+            client = here.ask(headers={"x-edge-node": "north"})
+            await here["north"].arrived.wait()
+            await here["north"].stop()
+            await here["middle"].arrived.wait()
+            assert NODES[here["middle"].asked[0][0].node] != "north"
+            assert here["middle"].asked[0][1] == BODY
+            here["middle"].reply(Attempt.OK, 0, b'{"detections":[]}')
+            told = await here.answer(client)
+            assert told["decision"]["second_choice"] is True
+            assert told["decision"]["entry"] == "middle"
+            assert here.gateway.edge.counts().attempts["north"] == {"LOST": 1}
+            await here["north"].start()
+
+    run(body)
+
+
+def test_a_dead_node_in_the_middle_cuts_the_others_off(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, answering(NodeStatus("north")), up=("north", "south")) as here:
+            told = await here.answer(here.ask(headers={"x-edge-node": "north"}))
+            assert told["decision"]["node"] == "north"  # south is faster, but the way there leads over middle
+
+    run(body)
+
+
+def test_a_node_that_hangs_is_given_up_and_told(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path) as here:
+            client = here.ask(headers={"x-deadline-ms": "300"})
+            told = await here.answer(client)  # 0.3 s, and the 0.5 s of answer_timeout_s
+            assert (client.status, told["code"]) == (500, "FAILED")
+            await until(lambda: bool(here["north"].cancelled))
+
+    run(body)
+
+
+def test_the_scheduler_decides_where_there_is_one(tmp_path: Path) -> None:
+    def decide(asked: Decide) -> Decision:
+        refused = Placement(reason="no action meets the deadline of 9 s", late=True)
+        no_room = Placement(reason="no node has the memory")
+        return Decision(asked.window, "beam", (Placement(3, 2, 1, accuracy=0.3), refused, no_room))
+
+    async def body() -> None:
+        scheduler = ScriptedScheduler(tmp_path, decide)
+        await scheduler.start()
+        async with world(tmp_path, answering(NodeStatus("middle")), edge_spec(window_ms=100.0)) as here:
+            here.board.controller_record = ControllerRecord(address=scheduler.address, epoch="1", policy="beam")
+            await until(lambda: here.gateway.edge_view.scheduler() is not None)
+            clients = [here.ask(headers={"x-edge-node": name, "x-deadline-ms": "9000"}) for name in NODES]
+            told = [await here.answer(client) for client in clients]
+            assert [client.status for client in clients] == [200, 504, 503]
+            assert told[0]["decision"]["decided_by"] == "scheduler"
+            assert told[0]["decision"]["policy"] == "beam"
+            assert [told[0]["decision"]["node"]] == ["middle"]
+            assert told[1]["error"] == "beam refused it: no action meets the deadline of 9 s"
+            (window,) = scheduler.asked
+            assert [one.node for one in window.requests] == [0, 1, 2]
+            assert all(8.0 < one.deadline_s < 9.0 for one in window.requests)
+            assert window.requests[0].data_mb == pytest.approx(0.2)
+            (asked,) = here.received()["north"]
+            assert (asked.configuration, asked.variant, asked.node) == (3, 2, 1)
+        await scheduler.stop()
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    "decide",
+    [
+        lambda asked: None,
+        lambda asked: Decision(asked.window, "beam", ()),
+        lambda asked: Decision(asked.window, "beam", (Placement(0, 0, 77),)),
+        lambda asked: Decision(asked.window, "beam", (Placement(0, 99, 0),)),
+        lambda asked: Decision(asked.window, "beam", (Placement(),)),
+    ],
+    ids=["silent", "starting", "other graph", "other table", "no reason"],
+)
+def test_a_scheduler_without_a_usable_answer_is_passed_over(
+    tmp_path: Path, decide: Callable[[Decide], Decision | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(edge_decide, "DECIDE_PATIENCE_S", 0.05)
+
+    async def body() -> None:
+        scheduler = ScriptedScheduler(tmp_path, decide)
+        await scheduler.start()
+        async with world(tmp_path, answering(NodeStatus("south"))) as here:
+            here.board.controller_record = ControllerRecord(address=scheduler.address, epoch="1", policy="beam")
+            await until(lambda: here.gateway.edge_view.scheduler() is not None)
+            told = await here.answer(here.ask())
+            assert scheduler.asked
+            assert told["decision"]["decided_by"] == "gateway"
+            assert told["decision"]["policy"] == "sequential"
+        await scheduler.stop()
+
+    run(body)
+
+
+def test_a_table_that_does_not_exist_is_told_and_not_served(tmp_path: Path) -> None:
+    spec = edge_spec()
+    services = {"detection": EdgeServiceSpec(table="nothing")}
+
+    async def body() -> None:
+        async with world(tmp_path, spec=msgspec.structs.replace(spec, services=services), up=()) as here:
+            client = here.ask()
+            told = await here.answer(client)
+            assert (client.status, told["code"]) == (503, "UNAVAILABLE")
+            assert "table = 'nothing'" in told["error"]
+            assert "table = 'nothing'" in here.gateway.edge_view.missing()[0]
+
+    run(body)
+
+
+def test_without_a_node_nothing_is_served(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, up=()) as here:
+            client = here.ask()
+            told = await here.answer(client)
+            assert client.status == 503
+            assert told["error"] == "no edge node is up"
+            assert here.gateway.edge_view.missing() == ["detection, tracking: no edge node is ready"]
+
+    run(body)
+
+
+def test_a_request_whose_time_is_over_with_its_window_expires(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, spec=edge_spec(window_ms=30.0)) as here:
+            client = here.ask(headers={"x-deadline-ms": "20"})
+            told = await here.answer(client)
+            assert (client.status, told["code"]) == (504, "EXPIRED")
+            assert here.received() == {}
+
+    run(body)
+
+
+def test_means_by_service_and_node_are_those_of_the_answers(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, answering(NodeStatus("south"))) as here:
+            told = [await here.answer(here.ask(headers={"x-edge-node": "south"})) for _ in range(3)]
+            await soon(lambda: here.gateway.statistics().in_flight == 0)
+            means = here.gateway.edge_metrics.means()["detection"]
+            for node in {one["decision"]["node"] for one in told}:
+                those, found = [one for one in told if one["decision"]["node"] == node], means.pop(node)
+                assert (found.answers, found.failures, found.failure_ratio) == (len(those), 0, 0.0)
+                each = len(those)
+                assert found.accuracy == pytest.approx(sum(one["expected_accuracy"] for one in those) / each)
+                assert found.delay_s == pytest.approx(sum(one["delay_s"]["total"] for one in those) / each)
+                assert found.cost_usd == pytest.approx(sum(one["cost_usd"]["total"] for one in those) / each)
+            assert not means
+
+    run(body)
+
+
+def test_failures_count_where_they_were_decided_for(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, failing(Attempt.EXPIRED, "south")) as here:
+            await here.answer(here.ask())
+            await here.answer(here.ask(headers={"x-deadline-ms": "8"}))  # refused: no node is fast enough
+            await soon(lambda: here.gateway.statistics().in_flight == 0)
+            means = here.gateway.edge_metrics.means()["detection"]
+            assert {node: (one.answers, one.failures, one.failure_ratio) for node, one in means.items()} == {
+                "south": (0, 1, 1.0),
+                "none": (0, 1, 1.0),
+            }
+
+    run(body)
