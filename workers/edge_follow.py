@@ -8,6 +8,7 @@ from pathlib import Path
 
 from models.catalog import VariantError
 from models.edge_catalog import EdgeVariant, load_edge_catalog
+from models.edge_runtime import EdgeRuntime, open_edge_runtime
 from policies.placement.graph import GraphError
 from policies.placement.tables import TableError
 from protocol.board import Board
@@ -17,7 +18,7 @@ from protocol.records import Deployment
 from workers.device import Clock
 from workers.edge_links import SilenceWatch
 from workers.edge_node import EdgeNode
-from workers.edge_variants import EdgeRuntime, OpenVariant
+from workers.edge_variants import OpenVariant
 from workers.edge_view import NodeView, view_of
 
 TICK_S = 1.0
@@ -32,8 +33,6 @@ def opener(catalog: tuple[Path, ...]) -> OpenVariant:
     """
 
     def open_variant(name: str, device: str, threads: int) -> EdgeRuntime:
-        from models.edge_runtime import open_edge_runtime
-
         return open_edge_runtime(_entry(name, catalog), device=device, threads=threads)
 
     return open_variant

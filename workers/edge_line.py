@@ -40,11 +40,11 @@ class Line(Protocol):
     def waiting_tflop(self, now_s: float) -> float:
         """Work that is still to be done."""
 
-    def ends_s(self, task: Task, now_s: float) -> float:
-        """When a request would be done that came now."""
+    def late_s(self, task: Task, now_s: float, deadline_s: float) -> float:
+        """How long after its deadline a request would be done that came now, if that is certain; else not above 0."""
 
-    def arrive(self, task: Task, now_s: float) -> Turn:
-        """A request takes its place."""
+    def arrive(self, task: Task, frames: int, now_s: float) -> Turn:
+        """A request takes its place, with so many frames."""
 
     def leave(self, turn: Turn, now_s: float) -> None:
         """It will not be computed."""
@@ -65,10 +65,10 @@ class EmulatedLine:
     def waiting_tflop(self, now_s: float) -> float:
         return self._fifo.waiting(now_s)
 
-    def ends_s(self, task: Task, now_s: float) -> float:
-        return self._fifo.ends_s(task.work_tflop, now_s)
+    def late_s(self, task: Task, now_s: float, deadline_s: float) -> float:
+        return self._fifo.ends_s(task.work_tflop, now_s) - deadline_s
 
-    def arrive(self, task: Task, now_s: float) -> Turn:
+    def arrive(self, task: Task, frames: int, now_s: float) -> Turn:
         span = self._fifo.arrive(task.work_tflop, now_s)
         return Turn(span.waiting, span.service_s, span)
 
@@ -98,11 +98,12 @@ class MeasuredLine:
         """Predicted real time, in the node's operations."""
         return self._backlog_s(now_s) * self._tflops
 
-    def ends_s(self, task: Task, now_s: float) -> float:
-        return now_s + self._backlog_s(now_s) + self._expected_s(task)
+    def late_s(self, task: Task, now_s: float, deadline_s: float) -> float:
+        """Nothing is certain: a prediction refuses nobody."""
+        return 0.0
 
-    def arrive(self, task: Task, now_s: float) -> Turn:
-        turn = Turn(self.waiting_tflop(now_s), self._expected_s(task))
+    def arrive(self, task: Task, frames: int, now_s: float) -> Turn:
+        turn = Turn(self.waiting_tflop(now_s), self._expected_s(task, frames))
         self._turns.add(turn)
         return turn
 
@@ -116,9 +117,9 @@ class MeasuredLine:
         self._turns.discard(turn)
         self._times.setdefault(task.variant, ServiceTimes()).observe(frames, duration_s)
 
-    def _expected_s(self, task: Task) -> float:
+    def _expected_s(self, task: Task, frames: int) -> float:
         times = self._times.get(task.variant)
-        return times.mean_s(task.frames) if times is not None else task.work_tflop / self._tflops
+        return times.mean_s(frames) if times is not None else task.work_tflop / self._tflops
 
     def _backlog_s(self, now_s: float) -> float:
         total_s = 0.0

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from typing import NamedTuple
 
 from models.adapt import AdaptedFrames
+from models.edge_runtime import EdgeRuntime
 from models.preprocess import InvalidInput
 from protocol.edge_records import EdgeRun
 from protocol.outcomes import Attempt
@@ -21,7 +22,7 @@ from workers.edge_answers import encode_found
 from workers.edge_journey import Journey, Refused, sleep_until
 from workers.edge_line import EmulatedLine, Line, MeasuredLine, Turn
 from workers.edge_memory import NoRoom
-from workers.edge_variants import EdgeRuntime, EdgeVariants, InUse, LoadFailed
+from workers.edge_variants import EdgeVariants, InUse, LoadFailed
 from workers.edge_view import NodeView, Task
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,6 @@ class EdgeQueue:
         self._view = view
         emulated = view.emulate.compute == "table"
         self.line: Line = EmulatedLine(view.tflops) if emulated else MeasuredLine(view.tflops)
-        self._emulated = emulated
 
     async def serve(self, journey: Journey, task: Task, run: EdgeRun, payload: bytes) -> tuple[Attempt, bytes]:
         """OK or LATE, and the answer. Raises `Refused` for every other end."""
@@ -58,7 +58,7 @@ class EdgeQueue:
         except NoRoom as error:
             raise Refused(Attempt.UNAVAILABLE, f"no memory on node {self._view.name}: {error}") from error
         self.length += 1
-        turn = self.line.arrive(task, arrived_s)
+        turn = self.line.arrive(task, len(run.frame_numbers), arrived_s)
         journey.waiting_tflop, journey.new_instance = turn.waiting_tflop, use.new
         try:
             runtime = await self._loaded(journey, use)
@@ -88,7 +88,7 @@ class EdgeQueue:
             raise Refused(Attempt.QUEUE_FULL, f"node {view.name} holds {self.length} requests already")
         if journey.left_s(now_s) <= 0.0:
             raise Refused(Attempt.EXPIRED, f"its time was over when it came to node {view.name}")
-        if self._emulated and (late_s := self.line.ends_s(task, now_s) - journey.deadline_s) > 0.0:
+        if (late_s := self.line.late_s(task, now_s, journey.deadline_s)) > 0.0:
             raise Refused(Attempt.EXPIRED, f"node {view.name} would be done {late_s:.3g} s after the deadline")
 
     async def _loaded(self, journey: Journey, use: InUse) -> EdgeRuntime:

@@ -9,14 +9,10 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import msgspec
 
-from models.clip_limits import Frame
-from models.detection import Detections
-from models.edge_catalog import EdgeVariant
-from models.tracking import Tracks
+from models.edge_runtime import EdgeRuntime
 from workers.device import Clock, Device
 from workers.edge_memory import Memory, NoRoom, Use
 from workers.histogram import Histogram, HistogramStatistics
@@ -25,23 +21,6 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 
 log = logging.getLogger(__name__)
-
-
-class EdgeRuntime(Protocol):
-    """What the node needs of `models.edge_runtime.EdgeRuntime`. All of it blocks."""
-
-    @property
-    def variant(self) -> EdgeVariant:
-        """Its entry of the catalog."""
-
-    def run(self, frames: Sequence[Frame]) -> Detections | Tracks:
-        """What is to be seen, in the pixels of the frames."""
-
-    def warm_up(self) -> None:
-        """Run once, so that the first request finds everything in place."""
-
-    def close(self) -> None:
-        """Give the memory back."""
 
 
 OpenVariant = Callable[[str, str, int], EdgeRuntime]

@@ -27,8 +27,6 @@ class Task:
     variant: str
     memory_mb: float
     work_tflop: float
-    frames: int
-    """Forward passes, by the table."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,6 @@ class NodeView:
             table.variants[variant],
             float(table.memory_mb[variant]),
             float(self.network.work_tflop[s, configuration, variant]),
-            int(table.inferences[configuration]),
         )
 
     def next_towards(self, node: int) -> int:

@@ -16,6 +16,7 @@ from models.clips import encode_jpeg
 from models.detection import Detections
 from models.edge_catalog import EdgeVariant
 from models.tracking import Tracks
+from policies.placement.graph import named_graph
 from protocol.edge_records import EdgeLinkSpec, EdgeNodeSpec, EdgeServiceSpec, EdgeSpec, Emulation
 from protocol.records import Deployment, WorkerSpec
 
@@ -122,6 +123,7 @@ def bright_deployment(
     folder: Path,
     *,
     nodes: str = "abc",
+    graph: str = "",
     memory_mb: float = 400.0,
     tflops: float = 1.0,
     uplink_mbps: float = 100.0,
@@ -130,13 +132,16 @@ def bright_deployment(
     emulate: Emulation = Emulation(),  # noqa: B008 - frozen
     preload: tuple[str, ...] = (),
 ) -> Deployment:
-    """Nodes in a row (a - b - c), each on a worker of its own that is called after it: "w-a"."""
+    """Nodes in a row (a - b - c), each on a worker of its own that is called after it: "w-a"; or those of a graph."""
     detection, tracking = write_tables(folder)
+    names = named_graph(graph).names if graph else tuple(nodes)
+    nodes = "" if graph else nodes
     return Deployment(
         name="bright",
         services={},
-        workers=tuple(WorkerSpec(name=f"w-{name}", node=name, preload=preload) for name in nodes),
+        workers=tuple(WorkerSpec(name=f"w-{name}", node=name, preload=preload) for name in names),
         edge=EdgeSpec(
+            graph=graph,
             services={
                 "detection": EdgeServiceSpec(table=str(detection)),
                 "tracking": EdgeServiceSpec(table=str(tracking)),

@@ -1,0 +1,417 @@
+"""A request's way through nodes, in virtual time: emulated figures, queues, limits, endings; each counted once."""
+
+import asyncio
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from models.clips import write_mjpeg
+from policies.placement.contract import Slots
+from policies.placement.edge_network import ACCEPTED, MEGABITS_PER_MEGABYTE
+from protocol.edge_records import EdgeReply, Emulation
+from protocol.outcomes import Attempt
+from tests.fakes.edge_models import bright_deployment, picture
+from tests.fakes.edge_world import World, run_world
+from workers.edge_journey import Ended
+
+COMPUTE_ONLY = Emulation(uplink=False, links=False)
+
+
+def attempts(ended: list[Ended]) -> list[Attempt]:
+    """How they ended."""
+    return [Attempt(one.reply.attempt) for one in ended]
+
+
+def test_links_and_computation_are_waited_for_and_queued_for(tmp_path: Path) -> None:
+    """Three requests at once from a to c: each behind the one before on the uplink, on both links, at the node."""
+
+    async def scenario() -> None:
+        world = World(bright_deployment(tmp_path, uplink_mbps=0.005, bandwidth_mbps=0.02, tflops=0.02))
+        begun_s = world.clock.now_s()
+        ended = await asyncio.gather(*(world.infer("a", "c", picture()) for _ in range(3)))
+        assert attempts(ended) == [Attempt.OK] * 3
+        megabits = MEGABITS_PER_MEGABYTE * ended[0].reply.adapted_mb
+        access_s, link_s, compute_s = megabits / 0.005, megabits / 0.02, 0.02 / 0.02
+        assert access_s > compute_s > link_s, "the uplink is the bottleneck, then the node"
+        for number, one in enumerate(ended):
+            spent = one.reply.spent
+            assert spent.emulated_access_s == pytest.approx(access_s, abs=1e-12)
+            assert spent.emulated_uplink_queue_s == pytest.approx(number * access_s, abs=1e-9)
+            assert spent.emulated_transmission_s == pytest.approx(2 * link_s, abs=1e-12)
+            assert spent.emulated_link_queue_s == 0.0
+            assert spent.emulated_compute_s == pytest.approx(compute_s, abs=1e-12)
+        took_s = world.clock.now_s() - begun_s
+        assert took_s == pytest.approx(3 * access_s + 2 * link_s + compute_s, abs=0.02)
+        world.check_the_books()
+
+    run_world(scenario())
+
+
+def test_emulated_figures_are_the_environments(tmp_path: Path) -> None:
+    """Two hundred random requests on the paper's graph, many at once: Eqs. 3 to 5 give every figure to 1e-9,
+
+    by the sizes, the work ahead and the loads that the replies report.
+    """
+
+    async def scenario() -> float:
+        rng = random.Random(5)
+        world = World(bright_deployment(tmp_path, graph="eua16:3"))
+        network, names = world.network, world.network.graph.names
+        pictures = [picture((8, 8, 8 + side, 40), 160 + 8 * side) for side in range(8, 90, 20)]
+        worst = 0.0
+
+        async def one(at: str, to: str, variant: str, configuration: int, body: bytes) -> float:
+            ended = await world.infer(at, to, body, variant=variant, configuration=configuration)
+            assert ended.reply.attempt == Attempt.OK
+            return difference(ended.reply, names.index(at), names.index(to), variant, configuration)
+
+        def difference(reply: EdgeReply, at: int, to: int, variant: str, configuration: int) -> float:
+            column = network.tables[0].variants.index(variant)
+            slots = Slots(
+                service=np.array([[0]]),
+                local=np.array([[at]]),
+                deadline_s=np.array([[1e9]]),
+                data_mb=np.array([[reply.adapted_mb / network.size_factor[0, configuration]]]),
+                system_tflop=np.where(np.arange(network.nodes) == to, reply.waiting_tflop, 0.0)[None],
+                memory_used_mb=np.zeros((1, network.nodes)),
+                deployed=np.full((1, network.nodes, network.variant_columns), not reply.new_instance),
+            )
+            outcome = network.evaluate(slots, np.array([[[configuration, column, to]]]))
+            assert outcome.reason[0, 0] == ACCEPTED
+            spent = reply.spent
+            pairs = (
+                (outcome.access_s, spent.emulated_access_s),
+                (outcome.transmission_s, spent.emulated_transmission_s),
+                (outcome.compute_s, spent.emulated_queue_s + spent.emulated_compute_s),
+            )
+            return max(abs(float(figures[0, 0]) - own) for figures, own in pairs)
+
+        for _ in range(20):
+            many = [
+                one(rng.choice(names), rng.choice(names), rng.choice(["small", "large"]), rng.randrange(2), body)
+                for body in rng.choices(pictures, k=10)
+            ]
+            worst = max(worst, *await asyncio.gather(*many))
+            await asyncio.sleep(rng.uniform(0.0, 0.5))
+        world.check_the_books()
+        return worst
+
+    assert run_world(scenario()) < 1e-9
+
+
+def test_switches_turn_each_emulation_off(tmp_path: Path) -> None:
+    """Without any, only the real computation takes time, and no emulated figure is reported."""
+
+    async def scenario() -> None:
+        off = Emulation(uplink=False, links=False, compute="real")
+        deployment = bright_deployment(tmp_path, emulate=off, uplink_mbps=0.001, bandwidth_mbps=0.001, tflops=1e-6)
+        world = World(deployment, compute_s=0.25)
+        first, second = await asyncio.gather(*(world.infer("a", "c", picture()) for _ in range(2)))
+        assert attempts([first, second]) == [Attempt.OK] * 2
+        for ended in (first, second):
+            spent = ended.reply.spent
+            assert spent.compute_s == pytest.approx(0.25, abs=0.05)
+            assert (spent.emulated_access_s, spent.emulated_transmission_s) == (0.0, 0.0)
+            assert (spent.emulated_queue_s, spent.emulated_compute_s) == (0.0, 0.0)
+        assert second.reply.spent.wait_s == pytest.approx(0.25, abs=0.05)
+        again = await world.infer("c", "c", picture())
+        assert again.reply.waiting_tflop == 0.0
+        waiting = [asyncio.create_task(world.infer("c", "c", picture())) for _ in range(3)]
+        await asyncio.sleep(0.01)
+        ahead_s = world.nodes["c"].status().waiting_tflop / 1e-6
+        assert ahead_s == pytest.approx(0.74, abs=0.1), "three known computations, one of which has begun"
+        await asyncio.gather(*waiting)
+
+    run_world(scenario())
+
+
+def test_a_full_queue_says_so_at_once(tmp_path: Path) -> None:
+    """Two places of 0.5 s: the third is refused while they are taken, and its time is not wasted."""
+
+    async def scenario() -> None:
+        deployment = bright_deployment(tmp_path, queue_capacity=2, tflops=0.04, emulate=COMPUTE_ONLY)
+        world = World(deployment)
+        waiting = [asyncio.create_task(world.infer("a", "b", picture())) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        refused = await world.infer("c", "b", picture())
+        assert refused.reply.attempt == Attempt.QUEUE_FULL
+        assert "node b holds 2" in refused.reply.reason
+        assert refused.reply.status.length == 2
+        assert world.clock.now_s() < 0.2
+        assert attempts(await asyncio.gather(*waiting)) == [Attempt.OK] * 2
+        world.check_the_books()
+        assert world.nodes["b"].status().counts[Attempt.QUEUE_FULL] == 1
+
+    run_world(scenario())
+
+
+def test_what_cannot_be_in_time_is_not_computed(tmp_path: Path) -> None:
+    """A budget of nothing, an uplink too slow, work ahead at the node, a variant that takes too long to load."""
+
+    async def scenario() -> None:
+        world = World(bright_deployment(tmp_path, uplink_mbps=0.1, tflops=0.02), load_s=0.4)
+        size_mb = (await world.infer("a", "a", picture())).reply.adapted_mb
+        runs = len(world.opened)
+        access_s = 8 * size_mb / 0.1
+        none = await world.infer("a", "a", picture(), budget_s=0.0)
+        uplink = await world.infer("a", "a", picture(), budget_s=0.5 * access_s)
+        assert "the uplink has carried the data" in uplink.reply.reason
+        node = await world.infer("a", "b", picture(), budget_s=access_s + 0.9)
+        assert "node b would be done" in node.reply.reason
+        assert attempts([none, uplink, node]) == [Attempt.EXPIRED] * 3
+        assert len(world.opened) == runs, "nothing was loaded for them"
+        world.check_the_books()
+        quick = World(bright_deployment(tmp_path, emulate=COMPUTE_ONLY), load_s=0.4)
+        loading = await quick.infer("a", "a", picture(), budget_s=0.2)
+        assert loading.reply.attempt == Attempt.EXPIRED
+        assert "before the variant was loaded" in loading.reply.reason
+        late = await quick.infer("a", "a", picture(), budget_s=0.3)
+        assert late.reply.attempt == Attempt.OK, "the load went on, and nobody has to load it again"
+        assert not late.reply.new_instance
+        quick.check_the_books()
+
+    run_world(scenario())
+
+
+def test_a_computation_that_has_begun_is_finished_and_late(tmp_path: Path) -> None:
+    """LATE with its answer; one that waits behind it is dropped the moment its time is over."""
+
+    async def scenario() -> None:
+        world = World(bright_deployment(tmp_path, emulate=COMPUTE_ONLY), compute_s=2.0)
+        await world.infer("a", "a", picture())
+        now_s = world.clock.now_s()
+        first = asyncio.create_task(world.infer("a", "a", picture(), budget_s=1.0))
+        await asyncio.sleep(0.01)
+        second = await world.infer("a", "a", picture(), budget_s=0.5)
+        assert second.reply.attempt == Attempt.EXPIRED
+        assert world.clock.now_s() - now_s == pytest.approx(0.51, abs=0.05)
+        late = await first
+        assert late.reply.attempt == Attempt.LATE
+        assert json.loads(late.payload)["detections"]
+        assert late.reply.spent.compute_s == pytest.approx(2.0, abs=0.1)
+        world.check_the_books()
+
+    run_world(scenario())
+
+
+@pytest.mark.parametrize(
+    ("variant", "attempt", "reason"),
+    [
+        ("broken", Attempt.UNAVAILABLE, "broken.onnx is cut off"),
+        ("raising", Attempt.FAILED, "the network broke"),
+    ],
+)
+def test_a_bad_variant_ends_its_requests_only(tmp_path: Path, variant: str, attempt: Attempt, reason: str) -> None:
+    """With the reason, also two links away; others are served on, and a load is tried again for the next request."""
+
+    async def scenario() -> None:
+        world = World(bright_deployment(tmp_path, emulate=COMPUTE_ONLY))
+        for _ in range(2):
+            bad, good = await asyncio.gather(
+                world.infer("a", "c", picture(), variant=variant), world.infer("a", "c", picture())
+            )
+            assert (bad.reply.attempt, good.reply.attempt) == (attempt, Attempt.OK)
+            assert reason in bad.reply.reason
+        assert world.nodes["c"].status().waiting_tflop == pytest.approx(0.0, abs=0.05)
+        world.check_the_books()
+
+    run_world(scenario())
+
+
+@pytest.mark.parametrize(
+    ("settings", "body", "http_status"),
+    [
+        ({}, b"no picture", 400),
+        ({}, picture()[:300], 400),
+        ({}, b"", 400),
+        ({"content_type": "text/plain"}, picture(), 415),
+        ({"content_type": "video/x-motion-jpeg"}, write_mjpeg([np.zeros((32, 32, 3), np.uint8)] * 3), 415),
+        ({"content_type": "video/x-motion-jpeg", "service": "tracking", "variant": "follower"}, b"", 400),
+        (
+            {"content_type": "video/x-motion-jpeg", "service": "tracking", "variant": "follower"},
+            write_mjpeg([np.zeros((16, 16, 3), np.uint8)] * 101),
+            413,
+        ),
+    ],
+)
+def test_what_is_no_image_or_clip_is_the_clients_fault(
+    tmp_path: Path, settings: dict[str, str], body: bytes, http_status: int
+) -> None:
+    """INVALID, with the status that says more; a clip for a detector is found out where it is computed."""
+
+    async def scenario() -> None:
+        world = World(bright_deployment(tmp_path, emulate=COMPUTE_ONLY))
+        ended = await world.infer("a", "b", body, **settings)  # type: ignore[arg-type]
+        assert (ended.reply.attempt, ended.reply.http_status) == (Attempt.INVALID, http_status)
+        assert ended.reply.reason
+        world.check_the_books()
+
+    run_world(scenario())
+
+
+def test_a_clip_is_tracked_in_its_own_pixels_and_frame_numbers(tmp_path: Path) -> None:
+    """30 frames/s, 5 kept, half as large: rows name frames 1, 7, 13, ... and the box as it was drawn."""
+
+    async def scenario() -> None:
+        frames = []
+        for number in range(30):
+            frame = np.zeros((96, 128, 3), dtype=np.uint8)
+            frame[16:48, 2 * number : 2 * number + 32] = 255
+            frames.append(frame)
+        world = World(bright_deployment(tmp_path, emulate=COMPUTE_ONLY))
+        ended = await world.infer(
+            "a", "b", write_mjpeg(frames, 95), service="tracking", variant="follower", configuration=1,
+            content_type="video/x-motion-jpeg; fps=30",
+        )  # fmt: skip
+        assert ended.reply.attempt == Attempt.OK, ended.reply.reason
+        answer = json.loads(ended.payload)
+        assert answer["labels"] == ["bright"]
+        assert [row[0] for row in answer["tracks"]] == [1, 7, 13, 19, 25]
+        for frame_number, track, left, top, width, height, score, number in answer["tracks"]:
+            assert [left, top, width, height] == pytest.approx([2 * (frame_number - 1), 16, 32, 32], abs=2.5)
+            assert (track, score, number) == (1, 0.9, 0)
+
+    run_world(scenario())
+
+
+def test_a_dead_or_silent_neighbour_is_named(tmp_path: Path) -> None:
+    """No link, a link that breaks with the request on it, one that never answers: UNAVAILABLE, and nothing stays."""
+
+    async def scenario() -> None:
+        world = World(bright_deployment(tmp_path, tflops=0.01, emulate=COMPUTE_ONLY))
+        await world.infer("a", "c", picture())
+        under_way = asyncio.create_task(world.infer("a", "c", picture()))
+        await asyncio.sleep(0.1)
+        world.peers["b", "c"].kill()
+        lost = await under_way
+        assert (lost.reply.attempt, lost.reply.status.node) == (Attempt.UNAVAILABLE, "b")
+        assert "node c was lost with the request" in lost.reply.reason
+        gone = await world.infer("a", "c", picture())
+        assert gone.reply.attempt == Attempt.UNAVAILABLE
+        assert "node c is gone" in gone.reply.reason
+        world.peers["a", "b"].mute = True
+        begun_s = world.clock.now_s()
+        silent = await world.infer("a", "b", picture(), budget_s=5.0)
+        assert silent.reply.attempt == Attempt.UNAVAILABLE
+        assert "node b does not answer" in silent.reply.reason
+        assert world.clock.now_s() - begun_s == pytest.approx(35.0, abs=1.0)
+        world.check_the_books()
+        assert world.nodes["a"].held == world.nodes["b"].held == 0
+
+    run_world(scenario())
+
+
+def test_what_this_deployment_does_not_have_is_refused(tmp_path: Path) -> None:
+    """Indices out of range come from another deployment: UNAVAILABLE, and what would be right."""
+
+    async def scenario() -> None:
+        world = World(bright_deployment(tmp_path))
+        node = world.nodes["a"]
+        from protocol.edge_records import EdgeInfer, EdgeRun
+
+        for asked, reason in (
+            (EdgeInfer("detection", 2, 0, 0, 1.0), "configuration 2 of detection: node a knows 0 to 1"),
+            (EdgeInfer("detection", -1, 0, 0, 1.0), "configuration -1"),
+            (EdgeInfer("detection", 0, 9, 0, 1.0), "variant 9"),
+            (EdgeInfer("detection", 0, 0, 3, 1.0), "node 3 of detection: node a knows 0 to 2"),
+            (EdgeInfer("faces", 0, 0, 0, 1.0), "service 'faces'"),
+        ):
+            ended = await node.infer(asked, picture())
+            assert ended.reply.attempt == Attempt.UNAVAILABLE
+            assert reason in ended.reply.reason
+        for scale, width in ((0.0, 10), (float("nan"), 10), (1.0, 0)):
+            ended = await node.run(EdgeRun("detection", 0, 0, 0, 1.0, width, 10, scale, 0.0, (1,)), picture())
+            assert ended.reply.attempt == Attempt.INVALID
+        ended = await node.run(EdgeRun("detection", 0, 0, 0, 1.0, 10, 10, 1.0, 0.0, (1, 2)), picture())
+        assert ended.reply.attempt == Attempt.INVALID
+        assert "1 frames came, and the numbers of 2" in ended.reply.reason
+        node.follow("", None)
+        ended = await node.infer(EdgeInfer("detection", 0, 0, 0, 1.0), picture())
+        assert ended.reply.attempt == Attempt.UNAVAILABLE
+        assert "no edge node" in ended.reply.reason
+        world.check_the_books()
+
+    run_world(scenario())
+
+
+def test_conservation_in_a_storm_of_requests_and_cancellations(tmp_path: Path) -> None:
+    """Little memory, few places, tight budgets, clients that leave at any time: every node's books always add up."""
+
+    async def scenario() -> None:
+        rng = random.Random(11)
+        deployment = bright_deployment(
+            tmp_path, memory_mb=330.0, queue_capacity=3, tflops=0.1, uplink_mbps=2.0, bandwidth_mbps=2.0
+        )
+        world = World(deployment, compute_s=0.05, load_s=0.1)
+        tasks: list[asyncio.Task[Ended]] = []
+        for _ in range(400):
+            body = picture() if rng.random() < 0.9 else b"nonsense"
+            task = asyncio.create_task(
+                world.infer(
+                    rng.choice("abc"),
+                    rng.choice("abc"),
+                    body,
+                    variant=rng.choice(["small", "large", "broken", "raising"]),
+                    configuration=rng.randrange(2),
+                    budget_s=rng.choice([0.0, 0.05, 0.3, 2.0, 60.0]),
+                )
+            )
+            tasks.append(task)
+            await asyncio.sleep(rng.expovariate(30.0))
+            if rng.random() < 0.25:
+                rng.choice(tasks).cancel()
+            world.check_the_books()
+        ended = [one for one in await asyncio.gather(*tasks, return_exceptions=True) if isinstance(one, Ended)]
+        assert len(ended) < 400
+        for node in world.nodes.values():
+            await node.emptied()
+        world.check_the_books()
+        counts = np.sum([node.status().counts for node in world.nodes.values()], axis=0)
+        assert counts.sum() == 400, "every request was counted at one node"
+        seen = {Attempt(one.reply.attempt) for one in ended}
+        assert {Attempt.OK, Attempt.QUEUE_FULL, Attempt.EXPIRED, Attempt.INVALID, Attempt.UNAVAILABLE} <= seen
+        for attempt in set(Attempt) - {Attempt.CANCELLED}:
+            assert counts[attempt] == sum(one.reply.attempt == attempt for one in ended)
+        assert all(node.statistics().variants.evictions for node in world.nodes.values())
+        assert len([one for one in world.opened if not one.closed]) == sum(
+            len(node.status().deployed) for node in world.nodes.values()
+        )
+
+    run_world(scenario())
+
+
+def test_draining_finishes_what_is_here_and_cuts_off_what_is_too_slow(tmp_path: Path) -> None:
+    from workers.edge_follow import drain
+
+    async def scenario() -> None:
+        world = World(bright_deployment(tmp_path, tflops=0.02, emulate=COMPUTE_ONLY))
+        node = world.nodes["a"]
+        await world.infer("a", "a", picture())
+        tasks = [asyncio.create_task(world.infer("a", "a", picture())) for _ in range(3)]
+        await asyncio.sleep(0.01)
+
+        def cut_off() -> None:
+            for task in tasks:
+                task.cancel()
+
+        draining = asyncio.create_task(drain(node, 2.5, 0.1, cut_off))
+        await asyncio.sleep(0.05)
+        assert node.status().draining
+        tasks.append(asyncio.create_task(world.infer("a", "b", picture())))  # within the notice
+        await asyncio.sleep(0.1)
+        refused = await world.infer("a", "a", picture())
+        assert refused.reply.attempt == Attempt.UNAVAILABLE
+        assert "is draining" in refused.reply.reason
+        await draining
+        assert node.held == 0
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert [isinstance(one, Ended) for one in ended] == [True, True, False, True]
+        assert node.taken_back().reply.attempt == Attempt.UNAVAILABLE
+        assert node.status().counts[Attempt.UNAVAILABLE] == 2
+        assert all(runtime.closed for runtime in world.opened[:1])
+        world.check_the_books()
+
+    run_world(scenario())
