@@ -12,6 +12,7 @@ request was sent is not retried: the server may have computed it, and a second t
 `Client` needs only the standard library, `AsyncClient` aiohttp.
 """
 
+import contextlib
 import http.client
 import json
 import random
@@ -21,7 +22,7 @@ import time
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
-from urllib.parse import quote, urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 if TYPE_CHECKING:
     import aiohttp
@@ -183,16 +184,23 @@ def _quiet(connection: http.client.HTTPConnection) -> bool:
     return connection.sock is None or not select.select([connection.sock], [], [], 0.0)[0]
 
 
+def _checked(url: str) -> tuple[SplitResult, str]:
+    """The URL's parts, and its host. Raises `ValueError` if it is none of HTTP, or its port is none."""
+    parts = urlsplit(url)
+    with contextlib.suppress(ValueError):  # raised by .port
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return parts, parts.hostname
+    raise ValueError(f"url = {url!r}: must be http://HOST:PORT")
+
+
 class Client:
     """Synchronous; may be shared by threads (each keeps a connection of its own). `timeout_s`: without a deadline."""
 
     def __init__(self, url: str = "http://127.0.0.1:8700", *, retries: int = DEFAULT_RETRIES, timeout_s: float = 60.0):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"url = {url!r}: must be http://HOST:PORT")
+        parts, self._host = _checked(url)
         self.url = url.rstrip("/")
         self._make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._host, self._port, self._base = parts.hostname, parts.port, parts.path.rstrip("/")
+        self._port, self._base = parts.port, parts.path.rstrip("/")
         self._retries = retries
         self._timeout_s = timeout_s
         self._kept = threading.local()
@@ -275,8 +283,7 @@ class AsyncClient:
     """For asyncio; many requests at once. `async with` owns the connections."""
 
     def __init__(self, url: str = "http://127.0.0.1:8700", *, retries: int = DEFAULT_RETRIES, timeout_s: float = 60.0):
-        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
-            raise ValueError(f"url = {url!r}: must be http://HOST:PORT")
+        _checked(url)
         self.url = url.rstrip("/")
         self._retries = retries
         self._timeout_s = timeout_s

@@ -71,7 +71,7 @@ def examine(file: Path | None, board: str, port: int | None, catalog: list[Path]
             deployment = read_deployment(file)
             findings.append(Finding("deployment", OK, f"{deployment.name} ({file})"))
         except DeploymentError as error:
-            remedy = "correct that key in the file: docs/guide.md says what each key may be"
+            remedy = "correct that key in the file: docs/guide.md says what each key may be" if file.is_file() else ""
             findings.append(Finding("deployment", PROBLEM, str(error), remedy))
     devices = {worker.device for worker in deployment.workers} if deployment else set()
     host = deployment.gateway.host if deployment else "127.0.0.1"

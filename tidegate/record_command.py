@@ -11,6 +11,7 @@ import signal
 import time
 from pathlib import Path
 from typing import Annotated, Final
+from urllib.parse import quote
 
 import aiohttp
 import msgspec
@@ -110,6 +111,8 @@ async def _record(url: str, service: str, duration_s: float | None, console: Con
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with contextlib.AsyncExitStack() as stack:
         links = await find_gateways(url, stack)
+        if service:
+            await links[0].check_served(service)
         start_s = time.monotonic()
         recorder = Recorder(start_s, service)
         for link in links:
@@ -147,6 +150,13 @@ class _Link:
             return msgspec.json.decode(body, type=ArrivalsPage)
         except msgspec.MsgspecError as error:
             raise RecordError(f"{self._url} is no Tidegate gateway: {error}") from error
+
+    async def check_served(self, service: str) -> None:
+        """Raises `RecordError` if the gateway has no such service or variant: its arrivals would never come."""
+        async with self._session.get(f"{self._url}/v2/models/{quote(service, safe='')}") as response:
+            answer = await response.json(content_type=None)
+        if response.status == 404:
+            raise RecordError(f"--service: {answer.get('error', 'unknown')}")
 
     async def poll(self, recorder: Recorder) -> None:
         """Takes everything new. A connection that now leads to another process (a restart) starts at its first."""

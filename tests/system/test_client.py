@@ -247,7 +247,7 @@ def test_a_connection_that_the_server_closed_meanwhile_is_replaced() -> None:
         assert [client.infer("pets", b"x").label for _ in range(3)] == ["cat"] * 3
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8700", "ftp://x", "http://"])
+@pytest.mark.parametrize("url", ["127.0.0.1:8700", "ftp://x", "http://", "http://x:99999", "http://x:port"])
 def test_a_wrong_url_is_refused_at_once(url: str) -> None:
     for kind in (Client, AsyncClient):
         with pytest.raises(ValueError, match="must be http://HOST:PORT"):

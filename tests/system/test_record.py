@@ -34,6 +34,11 @@ def test_a_recording_is_what_was_sent(tmp_path: Path) -> None:
         )
         assert recording.stderr is not None
         assert "2 gateway processes" in recording.stderr.readline()
+        unknown = [*command[:-1], "nul", "-o", str(tmp_path / "none.csv")]
+        refused = subprocess.run(unknown, capture_output=True, text=True, check=False, timeout=20)
+        assert refused.returncode == 1
+        assert "unknown model 'nul': there are null" in refused.stderr
+        assert not (tmp_path / "none.csv").exists()
         sent_s = []
         for _ in range(2):
             for _ in range(4):
