@@ -140,7 +140,7 @@ def test_steps_lower_the_loss_of_one_minibatch(store: FrameStore, task: Task) ->
         total.backward()
         optimizer.step()
         losses.append(float(total.detach()))
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_a_stopped_training_goes_on_to_the_same_weights(store: FrameStore, tmp_path: Path) -> None:
