@@ -123,7 +123,7 @@ class MeasuredLine:
 
     def _backlog_s(self, now_s: float) -> float:
         total_s = 0.0
-        for turn in self._turns:
+        for turn in list(self._turns):  # metrics are read from another thread
             run_s = now_s - turn.begun_s if turn.begun_s is not None else 0.0
             total_s += max(0.0, turn.expected_s - run_s)
         return total_s

@@ -51,8 +51,8 @@ class WorkerCollector(Collector):
             expected.add_metric(values, one.service_s)
             loads.add_metric([*values, "ok"], one.loads)
             loads.add_metric([*values, "failed"], one.failed_loads)
-            _add_histogram(queue_time, values, one.queue_time)
-            _add_histogram(service_time, values, one.service_time)
+            add_histogram(queue_time, values, one.queue_time)
+            add_histogram(service_time, values, one.service_time)
         unknown = CounterMetricFamily(
             "tidegate_worker_unknown", "Requests for instances that are not here.", labels=["worker"]
         )
@@ -62,8 +62,8 @@ class WorkerCollector(Collector):
         return [ended, arrived, length, capacity, ready, expected, loads, queue_time, service_time, unknown, backlog]
 
 
-def _add_histogram(family: HistogramMetricFamily, labels: list[str], reading: HistogramStatistics) -> None:
-    """Prometheus counts cumulatively and calls the open bucket +Inf."""
+def add_histogram(family: HistogramMetricFamily, labels: list[str], reading: HistogramStatistics) -> None:
+    """Adds one series. Prometheus counts cumulatively and calls the open bucket +Inf."""
     total, buckets = 0, []
     for bound, count in zip([*map(str, reading.bounds_s), "+Inf"], reading.counts, strict=True):
         total += count
@@ -72,8 +72,8 @@ def _add_histogram(family: HistogramMetricFamily, labels: list[str], reading: Hi
 
 
 @contextlib.contextmanager
-def serve_metrics(host_name: str, port: int | None, worker: str, host: Host) -> Iterator[int | None]:
-    """Serve `/metrics` in a thread of its own while the context lasts; nothing without a port.
+def serve_metrics(host_name: str, port: int | None, *collectors: Collector) -> Iterator[int | None]:
+    """Serve `/metrics` of `collectors` in a thread of its own while the context lasts; nothing without a port.
 
     Gives the port. Raises `ConfigError` if it is taken.
     """
@@ -81,7 +81,7 @@ def serve_metrics(host_name: str, port: int | None, worker: str, host: Host) -> 
         yield None
         return
     registry = CollectorRegistry()
-    for collector in (WorkerCollector(worker, host), ProcessCollector(registry=None), PlatformCollector(registry=None)):
+    for collector in (*collectors, ProcessCollector(registry=None), PlatformCollector(registry=None)):
         registry.register(collector)
     GCCollector(registry)
     try:

@@ -20,12 +20,13 @@ from workers.config import WorkerConfig
 from workers.device import Clock, Device, LoopClock
 from workers.edge_calls import EDGE_KINDS, EdgeCalls
 from workers.edge_follow import NodeFollower, drain, opener, stay_linked
+from workers.edge_metrics import NodeCollector
 from workers.edge_node import EdgeNode
 from workers.edge_variants import OpenVariant
 from workers.host import Host
 from workers.instance import Request, Site
 from workers.life import NOTICE_S, Loading
-from workers.metrics import serve_metrics
+from workers.metrics import WorkerCollector, serve_metrics
 from workers.preparing import Preparer
 from workers.reconcile import Reconciler
 from workers.registration import Registration
@@ -56,7 +57,8 @@ async def serve_until(
     listener = await serve(config.address, lambda: Caller(config.name, host, callers, epoch, node).connection)
     site = Site(config.name, advertised(config, listener), epoch)
     try:
-        with serve_metrics(config.metrics_host, config.metrics_port, config.name, host):
+        collectors = WorkerCollector(config.name, host), NodeCollector(config.name, node)
+        with serve_metrics(config.metrics_host, config.metrics_port, *collectors):
             async with Board(config.board) as board:
                 log.info("listening", extra={"address": site.address})
                 await _follow_board(stop, config, board, host, node, callers, site)

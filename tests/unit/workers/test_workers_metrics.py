@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from workers.config import ConfigError
-from workers.metrics import serve_metrics
+from workers.metrics import WorkerCollector, serve_metrics
 
 Bench = Any  # of this folder's conftest.py
 
@@ -18,10 +18,10 @@ def test_metrics_read_the_statistics(bench: Bench) -> None:
     for _ in range(5):
         bench.send("a")
     bench.clock.advance_to(1.0)
-    with serve_metrics("127.0.0.1", 0, "w", bench.host) as port:
+    with serve_metrics("127.0.0.1", 0, WorkerCollector("w", bench.host)) as port:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
             text = answer.read().decode()
-        with pytest.raises(ConfigError, match="metrics_port"), serve_metrics("127.0.0.1", port, "w", bench.host):
+        with pytest.raises(ConfigError, match="metrics_port"), serve_metrics("127.0.0.1", port):
             pass
     samples = {
         (sample.name, sample.labels.get("outcome") or sample.labels.get("le")): sample.value
