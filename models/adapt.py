@@ -10,7 +10,7 @@ measurements a clip's own coding (MP4) therefore counts at the way in only.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import msgspec
@@ -62,18 +62,6 @@ class Adapted(msgspec.Struct, frozen=True):
     frame_count: int  # of the original, counted while decoding
     width: int  # of the original, pixels
     height: int
-
-
-def configuration_of(settings: Mapping[str, float]) -> Configuration:
-    """The configuration that a placement table's `settings` describe. Raises ValueError with key, value and remedy."""
-    known = {"resolution", "jpeg_quality", "frame_rate"}
-    for key in settings:
-        if key not in known:
-            raise ValueError(
-                f"{key} = {settings[key]!r}: no setting of a request; there are {', '.join(sorted(known))}"
-            )
-    quality = settings.get("jpeg_quality", 95.0)
-    return Configuration(settings.get("resolution", 1.0), round(quality), settings.get("frame_rate", 0.0))
 
 
 def decode(payload: bytes | Sequence[bytes], content_type: str, limits: Limits = Limits()) -> Media:  # noqa: B008 - frozen

@@ -11,7 +11,6 @@ from models.adapt import (
     Media,
     adapt,
     adapt_clip,
-    configuration_of,
     decode,
     keeps,
     read_adapted,
@@ -161,12 +160,3 @@ def test_adapted_frames_are_decoded_when_they_are_asked_for() -> None:
     assert lazy.decode_s > 0.0
     with pytest.raises(InvalidInput):
         AdaptedFrames(b"no JPEG")
-
-
-def test_a_tables_settings_are_a_configuration() -> None:
-    given = {"resolution": 0.5, "jpeg_quality": 70.0}
-    assert configuration_of(given) == Configuration(resolution=0.5, jpeg_quality=70)
-    assert isinstance(configuration_of(given).jpeg_quality, int)
-    assert configuration_of({"resolution": 1.0, "frame_rate": 5.0}) == Configuration(frame_rate=5.0)
-    with pytest.raises(ValueError, match="bit_rate"):
-        configuration_of({"bit_rate": 3.0})

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("pycocotools", reason='pip install -e ".[edge]"')
 pytest.importorskip("trackeval", reason='pip install -e ".[edge]" and what `make` adds')
 
-from models.adapt import Configuration, Media, configuration_of
+from models.adapt import Configuration, Media
 from models.associations import Seen
 from models.clip_limits import Frame
 from models.datasets.coco import write_coco
@@ -165,7 +165,8 @@ def test_the_table_is_one_that_placement_reads_with_every_cell_measured() -> Non
     assert text.startswith("# made by a test\n")
     table = parse_table(tomllib.loads(text), "test")
     assert table.configurations == ("1x_fps30", "1x_fps10", "0.5x_fps30", "0.5x_fps10")
-    assert [configuration_of(given) for given in table.settings] == [s.configuration for s in settings]
+    expected = [{"resolution": s.configuration.resolution, "frame_rate": s.configuration.frame_rate} for s in settings]
+    assert list(table.settings) == expected
     assert np.allclose(table.accuracy[:, 0], figures.variants[0].accuracy, atol=1e-5)
     assert {source for row in table.accuracy_source for source in row} == {"measured"}
     assert (table.memory_mb[0], table.tflop[0], table.deadlines_s) == (3.5, 0.25, (1.0, 2.5))
