@@ -109,13 +109,13 @@ def read_deployment(path: Path) -> DeploymentFile:
 
 
 def _with_whole_paths(edge: EdgeSpec, folder: Path) -> EdgeSpec:
-    """Tables with a `/` in them and a graph's CSV file, made absolute."""
+    """Tables and policies with a `/` in them and a graph's CSV file, made absolute."""
 
     def whole(name: str) -> str:
         return str((folder / name).resolve()) if "/" in name else name
 
     services = {name: msgspec.structs.replace(spec, table=whole(spec.table)) for name, spec in edge.services.items()}
-    return msgspec.structs.replace(edge, services=services, graph=whole(edge.graph))
+    return msgspec.structs.replace(edge, services=services, graph=whole(edge.graph), policy=whole(edge.policy))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import os
 import signal
+import tempfile
 from typing import Annotated
 
 import typer
@@ -30,11 +32,27 @@ def main(
     slot_s: Annotated[float, typer.Option(help="Length of a slot in seconds (Tan's τ).")] = 1.0,
     metrics_port: Annotated[int, typer.Option(help="Port for Prometheus metrics; 0 is off.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of the policies' random numbers.")] = 0,
+    address: Annotated[
+        str, typer.Option(help="Where gateways bring windows of edge requests: unix:/path or tcp:host:port.")
+    ] = "",
+    advertise: Annotated[
+        str, typer.Option(help="How gateways reach this scheduler, if not by --address: tcp:host:port.")
+    ] = "",
 ) -> None:
-    """Run the scheduler: every slot a routing table for each service whose router wants one."""
+    """Run the scheduler: every slot a routing table for each service whose router wants one, and for edge services
+
+    every window a joint placement of its requests.
+    """
     log_as_json_lines("scheduler")
     try:
-        config = SchedulerConfig(board_url=board, slot_s=slot_s, metrics_port=metrics_port, seed=seed)
+        config = SchedulerConfig(
+            board_url=board,
+            slot_s=slot_s,
+            metrics_port=metrics_port,
+            seed=seed,
+            address=address or f"unix:{tempfile.gettempdir()}/tidegate-scheduler-{os.getpid()}.sock",
+            advertise=advertise,
+        )
     except ConfigError as error:
         typer.echo(f"scheduler: {error}", err=True)
         raise typer.Exit(2) from None

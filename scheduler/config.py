@@ -11,7 +11,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """`slot_s` is Tan's τ; a policy that is made for another slot (infaas: 0.1 s) keeps its own.
 
     A table is valid for `tables_live_slots` slots: so many may fail to come before gateways fall back to `deadline`.
-    `status_timeout_s` bounds the wait for a worker's status at the boundary; who is later counts as not ready.
+    `address`: where gateways bring windows of edge requests (unix:/path or tcp:host:port), `advertise` how they reach
+    it, if not so; without one it decides on none. `status_timeout_s` bounds the wait for a worker's status at the
+    boundary; who is later counts as not ready.
     """
 
     board_url: str = ""
@@ -20,6 +22,8 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
     status_timeout_s: float = 0.1
     metrics_port: int = 0
     seed: int = 0
+    address: str = ""
+    advertise: str = ""
 
     def __post_init__(self) -> None:
         if not self.board_url.startswith(("redis://", "rediss://", "unix://")):
@@ -30,5 +34,17 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"slot_s = {self.slot_s}: must be from 0.05 to 60 seconds")
         if not 0.0 < self.status_timeout_s <= 1.0:
             raise ConfigError(f"status_timeout_s = {self.status_timeout_s}: must be above 0 and at most 1 second")
+        for key in ("address", "advertise"):
+            value = getattr(self, key)
+            if value and not _is_address(value):
+                raise ConfigError(f"{key} = {value!r}: must be unix:/absolute/path or tcp:host:port")
+        if self.address.startswith(("tcp:0.0.0.0:", "tcp:[::]:")) and not self.advertise:
+            raise ConfigError(f"advertise is empty: nobody can connect to {self.address}; say tcp:THIS-HOST:PORT")
         if not 0 <= self.metrics_port < 65_536:
             raise ConfigError(f"metrics_port = {self.metrics_port}: must be 0 (off) or a port below 65536")
+
+
+def _is_address(value: str) -> bool:
+    scheme, _, rest = value.partition(":")
+    host, _, port = rest.rpartition(":")
+    return (scheme == "unix" and rest.startswith("/")) or (scheme == "tcp" and bool(host) and port.isdigit())

@@ -26,6 +26,15 @@ class SchedulerMetrics:
             ["service", "of", "ratio"],
             registry=self.registry,
         )
+        self.windows = Counter(
+            "tidegate_placement_windows_total", "Placement windows by who decided.", ["policy"], registry=self.registry
+        )
+        self.window_seconds = Histogram(
+            "tidegate_placement_decide_seconds",
+            "From a window's arrival to its decision: the nodes' statuses and the policy.",
+            buckets=_BUCKETS_S,
+            registry=self.registry,
+        )
         self.leading = Gauge("tidegate_scheduler_leading", "1 while this one holds the lease.", registry=self.registry)
 
     def serve(self, port: int) -> None:

@@ -24,6 +24,7 @@ from protocol.records import DecisionRecord, PolicyStatus, ServiceSpec
 from scheduler.config import SchedulerConfig
 from scheduler.metrics import SchedulerMetrics
 from scheduler.observe import Observer, Seen
+from scheduler.placement_loop import PlacementLoop
 from scheduler.publish import UnusableAction, table_from
 from scheduler.shadow import ShadowLoop
 from scheduler.slots import slot_start_s
@@ -204,6 +205,8 @@ class Scheduler:
         self.metrics.serve(self.config.metrics_port)
         async with Observer(self._board, self.config.status_timeout_s) as observer, asyncio.TaskGroup() as tasks:
             tasks.create_task(self._hold_lease())
+            placing = PlacementLoop(self.config, self._board, observer, self.metrics, lambda: self.leads)
+            tasks.create_task(placing.run(), name="placements")
             loops: dict[str, list[asyncio.Task[None]]] = {}
             while True:
                 await observer.changed.wait()

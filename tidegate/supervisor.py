@@ -249,7 +249,8 @@ class Supervisor:
         return command
 
     def _scheduler_command(self) -> list[str]:
-        return [sys.executable, "-m", "scheduler", "--slot-s", str(self.file.scheduler.slot_s)]
+        command = [sys.executable, "-m", "scheduler", "--slot-s", str(self.file.scheduler.slot_s)]
+        return [*command, "--address", f"unix:{self.folder}/scheduler.sock"]
 
     def _gateway_command(self) -> list[str]:
         settings = self.file.gateway
