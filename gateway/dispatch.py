@@ -35,6 +35,9 @@ _decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 TRY_ELSEWHERE: Final = frozenset({Attempt.BOUNCED, Attempt.LOST, Attempt.UNAVAILABLE})
 """Ends of a first attempt after which nothing was computed, or nothing can come any more."""
+FORECAST_ENDS: Final = frozenset({Attempt.OK, Attempt.LATE, Attempt.QUEUE_FULL, Attempt.EXPIRED})
+"""Ends that say whether the forecast was right. A bounce has spared the request what it got wrong: as in the
+simulator, it teaches the view of the instance, not the margin."""
 
 
 class DispatchStatistics(msgspec.Struct, frozen=True):
@@ -302,7 +305,7 @@ class Dispatcher:
             router.answered(
                 target, now_s, status.length, status.backlog_s, service_s, reply.batch, status.batch, status.elapsed_s
             )
-            if router.bounces:
+            if router.bounces and attempt in FORECAST_ENDS:
                 served = attempt is Attempt.OK or attempt is Attempt.LATE
                 router.learn(sent.predicted_s, now_s - sent.sent_s if served else float("inf"), sent.budget_s)
         if self._held:

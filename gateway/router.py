@@ -16,7 +16,15 @@ import msgspec
 from gateway.batch_forecast import BatchForecast
 from policies.routing.contract import HOLD, REJECT, Rule
 from policies.routing.draw import cumulative
-from policies.routing.estimation import arrive, depart, learn_margin, learn_service, learn_tail, new_margin
+from policies.routing.estimation import (
+    SERVICE_RATE,
+    arrive,
+    depart,
+    learn_margin,
+    learn_service,
+    learn_tail,
+    new_margin,
+)
 from policies.routing.rules import RULES
 from protocol.records import InstanceRecord, PolicyStatus, ServiceSpec, Table
 
@@ -28,7 +36,6 @@ TABLE_ROUTERS: Final = frozenset(
 """Routers whose table the scheduler sets every slot; without a valid table the gateway routes by `deadline`."""
 ROUTERS: Final = tuple(sorted(TABLE_ROUTERS | RULES.keys()))
 
-SERVICE_LEARNING_RATE: Final = 0.05
 _UNKNOWN_SERVICE_S: Final = 0.01
 
 
@@ -306,7 +313,7 @@ class ServiceRouter:
             target.heard = True
             times = served if self.batches is None else self.batches.times(index, served)
             learn_tail(service_s / times, self.service_s[index], self.margin)
-            learn_service(index, service_s / times, self.service_s, SERVICE_LEARNING_RATE)
+            learn_service(index, service_s / times, self.service_s, SERVICE_RATE)
         remaining = max(length, target.in_flight)
         if self.batches is None:
             depart(now_s, index, remaining, self.length, self.clear_s, self.service_s)

@@ -6,12 +6,13 @@ run the same lines. Arrays are those of `rules.py`.
 
 from policies.routing.contract import Indexable
 
-MARGIN_STATE = 2
-"""Length of the array that `learn_margin` keeps: [margin, promise]."""
+MARGIN_STATE = 3
+"""Length of the array that a decider learns in: [margin, promise, tail]."""
 
-FIRST_MARGIN = 0.5
-"""Where the margin starts at most. With known service times every margin from 0.3 to 1 gives the same goodput (the
-heavy instances are never idle in a burst), so starting low costs nothing and spares the first burst."""
+FIRST_MARGIN = 0.8
+"""Where the margin starts at most: with an idle instance of the heaviest variant in reach, if it takes up to 0.64 of
+the requirement. With known service times every margin from 0.3 to 1 gives the same goodput (the heavy instances are
+never idle in a burst), so starting low costs nothing and spares the first burst."""
 CAUTIOUS_MARGIN = 0.3
 """Where it starts at least. In 30 s and some 500 requests there are few misses to learn from: a start of 0.5 has up
 to twice the violations (docs/results/routing.md)."""
@@ -20,6 +21,15 @@ TARGET_PART = 12.0
 """The margin aims at this part of the promise: a miss costs some sixteen times what a heavy answer gains over a light
 one, and a higher margin hardly gains any (a quarter, tried first, was 0.1 points worse; a fortieth is slow to rise)."""
 
+FIRST_TAIL, LEAST_TAIL, LAST_TAIL = 4.0, 1.15, 20.0
+"""Where the tail starts, and its bounds. Were service times exponential, 1.8% would take over four times their mean.
+Whatever the service times, an answer takes some time on its way: the least leaves 13% of the budget for that."""
+SERVICE_RATE = 0.02
+"""How fast deciders learn mean service times: half forgotten within 34 observations. At 0.05 those that vary as much
+as exponential ones seem a third too long at times, and their instances too slow."""
+TAIL_STEP = 0.03
+"""By how much a service time beyond the tail raises it."""
+
 
 def new_margin(promise: float = 0.02, heavy_share: float = 1.0) -> list[float]:
     """A fresh margin state for a service that promises at most the share `promise` of violations.
@@ -27,7 +37,7 @@ def new_margin(promise: float = 0.02, heavy_share: float = 1.0) -> list[float]:
     heavy_share: the longest service time over the requirement. The margin starts low, but not so low that an idle
     instance of the heaviest variant would be out of its reach; unknown (1.0) is taken as long.
     """
-    return [min(FIRST_MARGIN, max(CAUTIOUS_MARGIN, 1.25 * heavy_share)), promise]
+    return [min(FIRST_MARGIN, max(CAUTIOUS_MARGIN, 1.25 * heavy_share)), promise, FIRST_TAIL]
 
 
 def arrive(now_s: float, i: int, length: Indexable, clear_s: Indexable, service_s: Indexable) -> None:
@@ -97,7 +107,7 @@ def depart_batched(
 def learn_service(i: int, observed_s: float, service_s: Indexable, rate: float) -> None:
     """Move the estimate of instance i's service time towards one observation (exponential smoothing).
 
-    rate in (0, 1]: 0.05 forgets half within 14 observations.
+    rate in (0, 1]: `SERVICE_RATE` for deciders.
     """
     service_s[i] += rate * (observed_s - service_s[i])
 
@@ -125,3 +135,19 @@ def learn_margin(predicted_s: float, observed_s: float, budget_s: float, margin:
         margin[0] *= 1.0 + 0.05 * target / (1.0 - target)
         if margin[0] > 1.0:
             margin[0] = 1.0
+
+
+def learn_tail(observed_s: float, expected_s: float, margin: Indexable) -> None:
+    """Adjust margin[2], the tail: how many times its mean a service time exceeds as rarely as the promise allows.
+
+    observed_s: a service time; expected_s: what was expected of it. Like `learn_margin` a stochastic approximation of
+    a quantile, of all instances together: so it goes on learning while an instance is not used.
+    """
+    if observed_s > margin[2] * expected_s:
+        margin[2] *= 1.0 + TAIL_STEP
+        if margin[2] > LAST_TAIL:
+            margin[2] = LAST_TAIL
+    else:
+        margin[2] *= 1.0 - TAIL_STEP * margin[1] / (1.0 - margin[1])
+        if margin[2] < LEAST_TAIL:
+            margin[2] = LEAST_TAIL

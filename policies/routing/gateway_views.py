@@ -64,6 +64,7 @@ _arrive_batched = jit(estimation.arrive_batched)
 _depart_batched = jit(estimation.depart_batched)
 _learn_service = jit(estimation.learn_service)
 _learn_margin = jit(estimation.learn_margin)
+_learn_tail = jit(estimation.learn_tail)
 _learned_request = jit(per_request.learned_request)
 _note_arrival = jit(per_request.note_arrival)
 _learn_spread = jit(per_request.learn_spread)
@@ -189,10 +190,12 @@ def _advance_in_order(y: System, s: State, e: int, until_s: float, rule: int) ->
         if p.learn_rate > 0.0:
             single_s = (now_s - began_s) * kind[first, MEAN_S] / kind[first, MEAN_S + ((served - 1) >> 1)]
             f[first, OWN_SERVICE_S] += p.learn_rate * (single_s - f[first, OWN_SERVICE_S])
+            g = q[first, RING + head] >> 8
             if rule == LEARNED_REQUEST:
-                g = q[first, RING + head] >> 8
                 _learn_spread(single_s, s.view_service_s[e, g, first], s.trust[e, g], p.learn_rate)
-            _learn_service(first, single_s, s.view_service_s[e, q[first, RING + head] >> 8], p.learn_rate)
+            if p.learn_trust:
+                _learn_tail(single_s, s.view_service_s[e, g, first], s.trust[e, g])
+            _learn_service(first, single_s, s.view_service_s[e, g], p.learn_rate)
         finish(p, kind, q, f, x, count, log, first)
         start(p, kind, grid_s, random, q, f, x, limits, count, first, now_s)
         _believe(y, p, q, f, s, e, first, head, served, now_s)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from policies.routing.contract import REJECT, FloatArray, Indexable, RoutingError
+from policies.routing.estimation import FIRST_TAIL
 
 FEATURES, HIDDEN = 7, 8
 WEIGHTS = HIDDEN * FEATURES + HIDDEN + HIDDEN + FEATURES + 1
@@ -28,15 +29,15 @@ PAST = OUT + HIDDEN
 OUT_BIAS = PAST + FEATURES
 """Where each part of the weights begins."""
 
-RATE_PER_S, LAST_S, SQUARED_CV = 2, 3, 4
-"""Places in a decider's state, [margin, promise, ...]: the first two as in `estimation.py`."""
+RATE_PER_S, LAST_S, SQUARED_CV = 3, 4, 5
+"""Places in a decider's state, [margin, promise, tail, ...]: the first three as in `estimation.py`."""
 RATE_SPAN_S = 0.5
 """Arrivals are counted with weights that fall by 1/e in this time."""
 
 
 def new_state(margin: float, promise: float) -> list[float]:
     """A fresh state, to be given to the rule in place of the margin."""
-    return [margin, promise, 0.0, 0.0, 0.0]
+    return [margin, promise, FIRST_TAIL, 0.0, 0.0, 0.0]
 
 
 def note_arrival(now_s: float, state: Indexable) -> None:

@@ -234,7 +234,7 @@ class State(NamedTuple):
     view_clear_s: FloatArray  # [E, G, n]
     view_service_s: FloatArray  # [E, G, n]
     view_batch: FloatArray  # [E, G, 2, n], batching only: what one more request adds, and how many are in service
-    trust: FloatArray  # [E, G, MARGIN_STATE], or five for the learned rule (`per_request.py`)
+    trust: FloatArray  # [E, G, MARGIN_STATE], or six for the learned rule (`per_request.py`)
     central: IntArray  # [E, Q, 2] tag and number of the requests in the central queue
     central_s: FloatArray  # [E, Q] their arrival times
     log: FloatArray  # [N, 2] instance (-1: lost) and finish time per request, or empty
@@ -322,7 +322,7 @@ def build(
         view_clear_s=np.zeros((e, g, n)),
         view_service_s=np.tile(mean_s[:, 0], (e, g, 1)),
         view_batch=np.zeros((e, g, 2, n if batching else 0)),
-        trust=np.tile(np.array(new_state(*trust) if weights is not None else trust), (e, g, 1)),
+        trust=np.tile(np.array(new_state(*trust[:2]) if weights is not None else trust), (e, g, 1)),
         central=np.zeros((e, places, 2), dtype=np.int64),
         central_s=np.zeros((e, places)),
         log=np.tile([-1.0, np.nan], (log, 1)),

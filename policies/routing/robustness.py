@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, replace
 
+from policies.routing.estimation import SERVICE_RATE
 from policies.routing.presets import paper_service
 from policies.routing.queueing_model import ARRIVED, IN_TIME, ServiceModel, build, markovian, paper_arrivals
 from policies.routing.scores import Scores, scores_of
 from policies.routing.simulator import run_rule
 
 FIXED_MARGINS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-LEARN_RATE = 0.02
-"""How fast service times are learned: half forgotten within 34 observations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ def score(
     limits by `rules.largest_batch`; rate_scale: arrivals at this multiple of the workload's rates.
     """
     environments = 8
-    learning = {"learn_trust": True, "learn_rate": LEARN_RATE} if margin is None else {"margin": margin}
+    learning = {"learn_trust": True, "learn_rate": SERVICE_RATE} if margin is None else {"margin": margin}
     system, state = build(
         service, paper_arrivals(rate_scale), environments, seed, gateways=gateways, refresh_s=0.05, bounce=bounce,
         batching=batching, choose_limits=batching, **learning,  # type: ignore[arg-type]
@@ -86,7 +85,7 @@ def recovery(cv: float, *, seed: int, environments: int = 64) -> list[tuple[floa
         paper_service(), law="gamma", cv=cv, slow_at_s=200.0, slow_factor=(1.5, 1.5, 1.0, 1.0), reward_accuracy=None
     )
     arrivals = markovian([[-180.0]], [[180.0]], ("bursty",))
-    system, state = build(service, arrivals, environments, seed, learn_trust=True, learn_rate=LEARN_RATE)
+    system, state = build(service, arrivals, environments, seed, learn_trust=True, learn_rate=SERVICE_RATE)
     run_rule(system, state, "deadline", 200.0)
     found = []
     before = state.tally.sum(axis=(0, 1))

@@ -7,6 +7,8 @@ import pytest
 
 from policies.routing.contract import REJECT, RoutingError
 from policies.routing.per_request import (
+    RATE_PER_S,
+    SQUARED_CV,
     WEIGHTS,
     RequestNetwork,
     first_weights,
@@ -34,7 +36,7 @@ def test_numpy_chooses_as_the_plain_code_does(n: int) -> None:
             length = [15] * n
         clear_s = (10.0 + rng.normal(0.0, 0.2, n)).tolist()
         service_s = rng.uniform(0.0, 0.1, n).tolist()
-        state = [rng.random(), 0.02, rng.uniform(0.0, 300.0), 9.9, rng.random()]
+        state = [rng.random(), 0.02, 4.0, rng.uniform(0.0, 300.0), 9.9, rng.random()]
         given = (10.0, 0.3, rng.random(), length, capacity, clear_s, service_s, rank.tolist(), state)
         chosen = network(*given)
         assert chosen == learned_request(*given, accuracy.tolist(), weights.tolist())
@@ -49,8 +51,8 @@ def test_state_follows_arrivals_and_spread() -> None:
     for now_s in np.cumsum(rng.exponential(1 / 180, 4000)):
         note_arrival(now_s, state)
         learn_spread(rng.gamma(4.0, 0.25 * 0.043), 0.043, state, 0.01)
-    assert state[2] == pytest.approx(180.0, rel=0.3)
-    assert state[4] == pytest.approx(0.25, rel=0.5)
+    assert state[RATE_PER_S] == pytest.approx(180.0, rel=0.3)
+    assert state[SQUARED_CV] == pytest.approx(0.25, rel=0.5)
 
 
 def test_bad_weights_are_named(tmp_path: Path) -> None:
