@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 import typer
@@ -60,19 +60,57 @@ def list_variants(catalog: Folders = [], as_json: AsJson = False) -> None:  # no
 
 @app.command()
 def profile(
-    names: Annotated[list[str], typer.Argument(help="Variants to run at once; name one twice for two instances.")],
+    names: Annotated[list[str], typer.Argument(help="Variants to run at once; name one twice for two instances.")] = [],  # noqa: B006
     catalog: Folders = [],  # noqa: B006
     device: Annotated[str, typer.Option(help="cpu, cuda or tensorrt.")] = "cpu",
     batch: Annotated[list[int], typer.Option(help="Batch size; repeat for several.")] = [1, 3, 5],  # noqa: B006
     seconds: Annotated[float, typer.Option(min=0.05, help="Window per batch size.")] = 3.0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads inside one inference.")] = 1,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The profile file to write.")] = Path("profiles.json"),
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write: profiles.json, or SERVICE-table.toml.")
+    ] = None,
+    service: Annotated[
+        Literal["detection", "tracking"] | None,
+        typer.Option(help="Measure this edge service's placement table instead: accuracy, bytes and time."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="With --service: a folder of COCO or MOT17; without, rendered scenes.")
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=0, help="With --service: pictures or clips at most; 0: all (scenes: 400, 60).")
+    ] = 0,
+    resolution: Annotated[list[float], typer.Option(help="With --service: factor; repeat.")] = [],  # noqa: B006
+    quality: Annotated[list[int], typer.Option(help="With --service detection: JPEG quality; repeat.")] = [],  # noqa: B006
+    frame_rate: Annotated[list[float], typer.Option(help="With --service tracking: per second; repeat.")] = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Measure service times of instances that run at once, each in its own process, all of them busy.
+    """Measure service times of instances that run at once, or a whole edge service into a placement table.
 
-    Example: tidegate models profile digits_light digits_light digits_heavy digits_heavy -o profiles.json
+    Examples:
+    tidegate models profile digits_light digits_light digits_heavy digits_heavy -o profiles.json
+    tidegate models profile --service detection --data coco --limit 500 -o detection.toml
     """
+    if service is not None:
+        from tidegate.edge_profile_command import Asked, profile_service
+
+        asked = Asked(
+            service=service,
+            names=names,
+            catalog=catalog,
+            data=data,
+            most=limit,
+            resolutions=resolution,
+            qualities=quality,
+            frame_rates=frame_rate,
+            device=device,
+            threads=threads,
+            out=out or Path(f"{service}-table.toml"),
+        )
+        profile_service(asked, as_json)
+        return
+    if not names:
+        raise typer.BadParameter("name the variants to measure, or give --service detection or tracking")
+    out = out or Path("profiles.json")
     from models.profile import measure  # multiprocessing and numpy: not needed for `list`
 
     columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
