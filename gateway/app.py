@@ -87,7 +87,8 @@ def build_api(gateway: Gateway) -> FastAPI:
         return _json(
             {
                 "tidegate": VERSION,
-                "ask": {name: f"POST an image to /v1/{name}" for name in few_of(gateway.fleet.services)},
+                "ask": {name: f"POST an image to /v1/{name}" for name in few_of(gateway.fleet.services)}
+                | {name: f"POST an image or a clip to /v1/{name}" for name in few_of(gateway.edge_view.services)},
                 "docs": "/docs",
                 "state": "/state",
                 "ready": "/readyz",
@@ -104,13 +105,18 @@ def build_api(gateway: Gateway) -> FastAPI:
     async def readyz() -> JSONResponse:
         fleet = gateway.fleet
         reasons = few_of(f"no instance of {name} is ready" + fleet.failures(name) for name in fleet.missing())
+        reasons += gateway.edge_view.missing()
         if fleet.deployment is None:
             reasons = ["no deployment is posted on the board"]
             if not fleet.board_seen:
                 reasons = ["the board (Redis) has not been reached yet"]
         if gateway.draining:
             reasons = ["draining"]
-        told = {"ready": not reasons, "reasons": reasons, "notices": few_of(fleet.notices())}
+        told = {
+            "ready": not reasons,
+            "reasons": reasons,
+            "notices": few_of([*fleet.notices(), *gateway.edge_view.notices()]),
+        }
         return JSONResponse(told, status_code=503 if reasons else 200)
 
     @api.get("/metrics", summary="Prometheus metrics", tags=["operating"], response_class=Response)

@@ -39,12 +39,17 @@ _decode_reply = msgspec.msgpack.Decoder(EdgeReply).decode
 
 
 class EdgeCounts(msgspec.Struct, frozen=True):
-    """Counts since start: windows and requests decided, by (who, policy); attempts by node and end; second choices."""
+    """Counts since start: windows by who decided, requests by policy, attempts by node and end, second choices.
+
+    `deciding_s`: from windows' ends to their decisions, in all. `waiting`: requests in the open window, and
+    `under_way`: all that have not ended.
+    """
 
     windows: dict[str, int]
     decided: dict[str, int]
     attempts: dict[str, dict[str, int]]
     second_choices: int
+    deciding_s: float
     waiting: int
     under_way: int
 
@@ -100,6 +105,7 @@ class EdgeDispatcher:
         self._decided: Counter[str] = Counter()
         self._attempts: Counter[tuple[str, Attempt]] = Counter()
         self._second_choices = 0
+        self._deciding_s = 0.0
 
     # a request's way
 
@@ -185,6 +191,7 @@ class EdgeDispatcher:
         decided = await self._decider.decide(net, asked, self._closed(net, entries, now_s))
         self._windows[decided.by] += 1
         self._decided[decided.policy] += len(asked)
+        self._deciding_s += decided.took_s
         for request, entry, placement in zip(waiting, entries, decided.placements, strict=True):
             if request.ended is None:
                 continue  # its client left meanwhile
@@ -306,6 +313,7 @@ class EdgeDispatcher:
             decided=dict(self._decided),
             attempts=attempts,
             second_choices=self._second_choices,
+            deciding_s=self._deciding_s,
             waiting=len(self._window),
             under_way=len(self._under_way),
         )

@@ -118,19 +118,37 @@ class EdgeView:
         """What is not as the deployment wants it, for people."""
         if self.net is None:
             return []
-        known = self.statuses(self.net, time.monotonic())
+        now_s = time.monotonic()
         said = [f"edge network: {self.fault}"] if self.fault else []
-        absent = [name for name, index in self.net.node_of.items() if index not in known]
-        for name in absent:
-            record = self.links.records.get(name)
-            why = "no worker has registered it" if record is None else record.reason or "it does not answer"
-            said.append(f"edge node {name} is not ready: {why}")
-        wanted, controller = self.net.edge.policy, self.controller
-        if self.scheduler() is None:
-            said.append(f"edge requests are placed by sequential, not {wanted}: no scheduler answers")
-        elif controller is not None and controller.reason:
-            said.append(f"edge requests are placed by {controller.policy}, not {wanted}: {controller.reason}")
+        for name in self.net.node_of:
+            if why := self.not_ready(name, now_s):
+                said.append(f"edge node {name} is not ready: {why}")
+            elif why := self.links.records[name].reason:
+                said.append(f"edge node {name}: {why}")
+        by, reason = self.placing()
+        if reason:
+            said.append(f"edge requests are placed by {by}, not {self.net.edge.policy}: {reason}")
         return said
+
+    def placing(self) -> tuple[str, str]:
+        """The policy that places requests now, and why it is not the deployment's (empty if it is)."""
+        controller = self.controller
+        if self.scheduler() is None or controller is None:
+            return "sequential", "no scheduler answers"
+        return controller.policy, controller.reason
+
+    def not_ready(self, node: str, now_s: float) -> str:
+        """Why a node cannot be chosen now; empty if it can."""
+        record, heard = self.links.records.get(node), self.links.heard_of.get(node)
+        if record is None:
+            return "no worker has registered it"
+        if record.draining:
+            return "it is draining"
+        if self.links.peer(node) is None:
+            return record.reason or "its worker does not take connections"
+        if heard is None or now_s - heard.at_s > OLDEST_STATUS_S:
+            return record.reason or "it does not answer"
+        return record.reason if record.memory_mb <= 0 else ""
 
     # the loops
 

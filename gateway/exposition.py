@@ -22,7 +22,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
 from gateway.dispatch import DispatchStatistics
-from gateway.metrics import BUCKETS_S, GatewayMetrics
+from gateway.edge_exposition import READY, EdgeValues, edge_families
+from gateway.metrics import BUCKETS_S, GatewayMetrics, Values
 from gateway.router import ServiceRouter
 from protocol.outcomes import OUTCOMES
 
@@ -34,14 +35,11 @@ LIVES_S: Final = 3.0
 _SUFFIX: Final = ".view"
 _BOUNDS: Final = (*map(str, BUCKETS_S[:-1]), "+Inf")
 
-Values = dict[tuple[str, ...], float]
-"""By label values."""
-
 
 class View(msgspec.Struct, array_like=True, frozen=True):
     """One process's view: `requests` by (service, outcome), `buckets` by (service, upper bound), `seconds` by service,
     `answers` by (service, variant), `attempts` by (instance, end); `length` and `ready` by (service, instance),
-    `margin` by service.
+    `margin` by service; `edge` as `edge_exposition.py` has it.
     """
 
     requests: Values
@@ -52,6 +50,7 @@ class View(msgspec.Struct, array_like=True, frozen=True):
     length: Values
     ready: Values
     margin: Values
+    edge: EdgeValues = {}
 
 
 class Exposition:
@@ -67,10 +66,12 @@ class Exposition:
         services: Callable[[], Iterable[ServiceRouter]],
         dispatch: Callable[[], DispatchStatistics],
         folder: Path | None,
+        edge: Callable[[], EdgeValues] = dict,
     ) -> None:
         self._metrics = metrics
         self._services = services
         self._dispatch = dispatch
+        self._edge = edge
         self._file = folder / f"{id}{_SUFFIX}" if folder is not None else None
         self._sharing: asyncio.Task[None] | None = None
 
@@ -104,7 +105,7 @@ class Exposition:
     def view(self) -> View:
         """Of this process, now."""
         now_s = time.monotonic()
-        view = View({}, {}, {}, {}, {}, {}, {}, {})
+        view = View({}, {}, {}, {}, {}, {}, {}, {}, self._edge())
         for service, counts in self._metrics.services.items():
             view.requests.update({(service, one.name): counts.outcomes[one] for one in OUTCOMES})
             view.buckets.update(zip(((service, bound) for bound in _BOUNDS), counts.buckets, strict=True))
@@ -163,6 +164,11 @@ class Exposition:
         about = "Share of the budget that deadline plans with."
         margin = GaugeMetricFamily("tidegate_deadline_margin", about, labels=["service"])
         yield _filled(margin, merged(min, (view.margin for view in living)))
+        if any(view.edge for view in views):
+            yield from edge_families(
+                lambda key: merged(operator.add, (view.edge.get(key, {}) for view in views)),
+                [view.edge.get(READY.key, {}) for view in living],
+            )
 
     def text(self) -> bytes:
         """The answer to a scrape."""

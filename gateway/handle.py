@@ -19,8 +19,10 @@ from gateway.config import GatewayConfig
 from gateway.dispatch import Dispatcher, DispatchStatistics
 from gateway.edge import EdgeDispatcher
 from gateway.edge_answer import Account
+from gateway.edge_exposition import edge_values
 from gateway.edge_metrics import EdgeMetrics
 from gateway.edge_request import EdgeAnswered, EdgeRequest, Ending
+from gateway.edge_state import EdgeState, edge_state
 from gateway.edge_view import EdgeView
 from gateway.exposition import Exposition
 from gateway.fleet import Fleet
@@ -46,6 +48,7 @@ class GatewayStatistics(msgspec.Struct, frozen=True):
     outcomes: dict[str, dict[str, int]]
     services: dict[str, RouterStatistics]
     dispatch: DispatchStatistics
+    edge: EdgeState | None = None
 
 
 class Call(Protocol):
@@ -80,7 +83,12 @@ class Gateway:
         self.metrics = GatewayMetrics()
         self.edge_metrics = EdgeMetrics()
         self.exposition = Exposition(
-            self.fleet.id, self.metrics, self.fleet.services.values, self.dispatcher.statistics, config.metrics_folder
+            self.fleet.id,
+            self.metrics,
+            self.fleet.services.values,
+            self.dispatcher.statistics,
+            config.metrics_folder,
+            lambda: edge_values(self.edge_view, self.edge, self.edge_metrics, time.monotonic()),
         )
         self.arrivals = Arrivals(secrets.token_hex(4), time.monotonic())
         self.inferences = Inferences()
@@ -198,4 +206,5 @@ class Gateway:
             outcomes=self.metrics.outcomes(),
             services={name: router.statistics(now_s) for name, router in self.fleet.services.items()},
             dispatch=self.dispatcher.statistics(),
+            edge=edge_state(self.edge_view, self.edge, self.edge_metrics, now_s),
         )

@@ -20,6 +20,9 @@ BUCKETS_S: Final = (*_BUCKETS_S, 0.4, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0, 30.0, floa
 """Upper bounds of the latency histogram's buckets."""
 UNKNOWN: Final = "unknown"
 
+Values = dict[tuple[str, ...], float]
+"""Samples of a metric, by label values."""
+
 
 class ServiceCounts:
     """Of one service: requests by outcome, answered ones by latency bucket and by variant, their seconds in all."""

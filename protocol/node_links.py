@@ -87,11 +87,14 @@ class NodeLinks:
         self.heard_of[node] = Heard(status, now_s)
 
     def known(self, now_s: float, oldest_s: float) -> dict[str, NodeStatus]:
-        """The latest word of every node whose link is up, unless it is more than `oldest_s` old."""
+        """The latest word of every node whose link is up, unless it is more than `oldest_s` old.
+
+        A worker whose registration has no memory is none that could serve: it cannot make sense of its deployment.
+        """
         return {
             node: said.status
             for node, said in self.heard_of.items()
-            if now_s - said.at_s <= oldest_s and self.peer(node) is not None
+            if now_s - said.at_s <= oldest_s and self.peer(node) is not None and self.records[node].memory_mb > 0
         }
 
     async def ask(self, patience_s: float) -> None:

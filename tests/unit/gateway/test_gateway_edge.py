@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from operator import add
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +12,8 @@ import pytest
 
 from gateway import edge_decide, edge_view
 from gateway.config import GatewayConfig
+from gateway.edge_exposition import EdgeValues, edge_families
+from gateway.exposition import merged
 from gateway.handle import Gateway
 from protocol.board import Board
 from protocol.edge_records import (
@@ -30,6 +33,7 @@ from protocol.edge_records import (
 from protocol.frames import Frame, Kind
 from protocol.link import Connection, serve
 from protocol.outcomes import Attempt
+from protocol.records import Deployment
 from tests.fakes.scripted_client import Client, soon
 from tests.fakes.scripted_nodes import EdgeBoard, Script, ScriptedNode, answering, until
 from tests.unit.gateway.test_gateway_handle import tally
@@ -530,3 +534,71 @@ def test_failures_count_where_they_were_decided_for(tmp_path: Path) -> None:
             }
 
     run(body)
+
+
+async def get(here: World, path: str) -> bytes:
+    """A page of the gateway."""
+    client = Client(b"", {"content-length": ""}, path, "GET").ask(here.gateway)
+    await until(lambda: b"\r\n\r\n" in client.socket.written)
+    await client.answered()
+    assert client.status in (200, 503)
+    return client.socket.written.partition(b"\r\n\r\n")[2]
+
+
+def test_state_readiness_and_metrics_tell_of_the_edge(tmp_path: Path) -> None:
+    async def body() -> None:
+        async with world(tmp_path, failing(Attempt.QUEUE_FULL, "south"), up=("north", "south", "middle")) as here:
+            here.gateway.fleet.deployment = Deployment(name="d", services={}, workers=(), edge=edge_spec())
+            told = await here.answer(here.ask(headers={"x-edge-node": "middle"}))
+            await here["north"].stop()
+            await until(lambda: here.gateway.edge_view.links.peer("north") is None)
+            ready = msgspec.json.decode(await get(here, "/readyz"))
+            assert ready == {
+                "ready": True,
+                "reasons": [],
+                "notices": [
+                    "edge node north is not ready: its worker does not take connections",
+                    "edge requests are placed by sequential, not beam: no scheduler answers",
+                ],
+            }
+            edge = msgspec.json.decode(await get(here, "/state"))["edge"]
+            assert (edge["policy"], edge["placing_by"], edge["reason"]) == (
+                "beam",
+                "sequential",
+                "no scheduler answers",
+            )
+            assert {node["node"]: node["ready"] for node in edge["nodes"]} == {
+                "north": False,
+                "middle": True,
+                "south": True,
+            }
+            node = told["decision"]["node"]
+            assert edge["requests"]["attempts"] == {"south": {"QUEUE_FULL": 1}, node: {"OK": 1}}
+            assert edge["requests"]["windows"] == {"gateway": 1}
+            assert edge["services"]["detection"][node]["answers"] == 1
+            metrics = (await get(here, "/metrics")).decode()
+            assert f'tidegate_edge_answers_total{{node="{node}",service="detection"}} 1.0' in metrics
+            assert "tidegate_edge_second_choices_total 1.0" in metrics
+            assert 'tidegate_edge_node_ready{node="north"} 0.0' in metrics
+            assert 'tidegate_requests_total{outcome="OK",service="detection"} 1.0' in metrics
+            expected = told["expected_accuracy"]
+            accuracy = f'tidegate_edge_expected_accuracy_total{{node="{node}",service="detection"}} {expected}'
+            assert accuracy in metrics
+            index = msgspec.json.decode(await get(here, "/"))
+            assert index["ask"]["tracking"] == "POST an image or a clip to /v1/tracking"
+            await here["north"].start()
+
+    run(body)
+
+
+def test_views_of_several_processes_add_up(tmp_path: Path) -> None:
+    """What was counted adds up; a node is ready only where every process can choose it."""
+    values: list[EdgeValues] = [
+        {"answers": {("s", "n"): 2.0}, "ready": {("n",): 1.0}},
+        {"answers": {("s", "n"): 3.0}, "ready": {("n",): 0.0}},
+    ]
+    families = edge_families(
+        lambda key: merged(add, (one.get(key, {}) for one in values)), [one["ready"] for one in values]
+    )
+    samples = {one.name: one.value for family in families for one in family.samples}
+    assert samples == {"tidegate_edge_answers_total": 5.0, "tidegate_edge_node_ready": 0.0}

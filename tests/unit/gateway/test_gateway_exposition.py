@@ -13,8 +13,8 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.dispatch import DispatchStatistics
-from gateway.exposition import LIVES_S, Exposition, Values, merged
-from gateway.metrics import BUCKETS_S, GatewayMetrics
+from gateway.exposition import LIVES_S, Exposition, merged
+from gateway.metrics import BUCKETS_S, GatewayMetrics, Values
 from gateway.router import ServiceRouter
 from protocol.outcomes import OUTCOMES, Outcome
 from protocol.records import InstanceRecord, InstanceState, ServiceSpec
