@@ -7,7 +7,8 @@
 
 As in `dispatch.py`, a request ends exactly once, is attempted at most twice, and can be abandoned wherever it waits.
 
-All mutable state: the open window, the requests under way, the nodes that failed a moment ago, and the counts.
+All mutable state: the open window, the requests under way, the nodes that failed a moment ago, what was learned of the
+time beyond predictions, and the counts.
 """
 
 import asyncio
@@ -19,6 +20,7 @@ from typing import Final
 import msgspec
 
 from gateway.edge_decide import Decider
+from gateway.edge_overhead import Overhead
 from gateway.edge_request import Choice, EdgeAnswered, EdgeEnd, EdgeRequest, Net, OnEdgeEnd
 from gateway.edge_view import EdgeView
 from gateway.request import AnswerTimeout, Refused
@@ -71,12 +73,13 @@ class _Waiting:
 class _Sent:
     """One attempt under way."""
 
-    __slots__ = ("_edge", "choice", "request", "request_id")
+    __slots__ = ("_edge", "choice", "request", "request_id", "sent_s")
 
-    def __init__(self, edge: "EdgeDispatcher", request: EdgeRequest, choice: Choice) -> None:
+    def __init__(self, edge: "EdgeDispatcher", request: EdgeRequest, choice: Choice, sent_s: float) -> None:
         self._edge = edge
         self.request = request
         self.choice = choice
+        self.sent_s = sent_s
         self.request_id = 0
 
     def replied(self, reply: Frame | LinkClosed) -> None:
@@ -100,6 +103,7 @@ class EdgeDispatcher:
         self._closing: asyncio.TimerHandle | None = None
         self._deciding: set[asyncio.Task[None]] = set()
         self._under_way: set[EdgeRequest] = set()
+        self._overhead = Overhead()
         self._shunned: dict[str, float] = {}  # until when, by node
         self._windows: Counter[str] = Counter()
         self._decided: Counter[str] = Counter()
@@ -183,6 +187,7 @@ class EdgeDispatcher:
             elif entry is None:
                 self._over(request, Refused(Outcome.UNAVAILABLE, "no edge node is up"))
             else:
+                left_s -= self._overhead.allowance_s(now_s, left_s)
                 asked.append(edge_records.EdgeRequest(request.service, entry, left_s, request.data_mb))
                 entries.append(entry)
                 waiting.append(request)
@@ -217,13 +222,14 @@ class EdgeDispatcher:
     def _send(self, request: EdgeRequest, choice: Choice) -> None:
         net, placement = request.net, choice.placement
         request.choice = choice
-        request.stage = sent = _Sent(self, request, choice)
+        now_s = time.monotonic()
+        request.stage = sent = _Sent(self, request, choice, now_s)
         asked = EdgeInfer(
             service=request.service,
             configuration=placement.configuration,
             variant=placement.variant,
             node=placement.node,
-            budget_s=request.deadline_s - time.monotonic(),
+            budget_s=request.deadline_s - now_s,
             content_type=request.content_type,
         )
         peer = self._view.links.peer(net.network.graph.names[choice.entry])
@@ -258,6 +264,9 @@ class EdgeDispatcher:
         self._view.links.heard(reply.status.node, reply.status, now_s)
         self._attempts[reply.status.node, attempt] += 1
         if attempt is Attempt.OK or attempt is Attempt.LATE:
+            placed = choice.placement
+            predicted_s = placed.access_s + placed.transmission_s + placed.compute_s
+            self._overhead.learn(now_s, now_s - sent.sent_s - predicted_s)
             self._over(request, EdgeAnswered(request, choice, reply, answer.payload))
             return
         refused = Refused(Outcome.UNAVAILABLE, reply.reason or attempt.name)
@@ -297,6 +306,7 @@ class EdgeDispatcher:
         if left_s <= 0.0 or entry is None:
             return None
         closed = {**self._closed(net, [entry], now_s), avoid: "failed this request"}
+        left_s -= self._overhead.allowance_s(now_s, left_s)
         asked = edge_records.EdgeRequest(request.service, entry, left_s, request.data_mb)
         placement = self._decider.decide_second(net, asked, closed)
         if placement.node < 0:

@@ -43,7 +43,7 @@ LOOK_EVERY_S: Final = 0.2
 POST_EVERY_S: Final = 1.0
 ASK_EVERY_S: Final = 0.5
 ASK_PATIENCE_S: Final = 0.25
-STATUS_PATIENCE_S: Final = 0.02
+STATUS_PATIENCE_S: Final = 0.01
 """So long a window waits for the nodes' answers. Who is later is taken at its last word."""
 OLDEST_STATUS_S: Final = 1.0
 """A node whose last word is older hangs, and is not chosen."""
