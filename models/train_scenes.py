@@ -4,7 +4,8 @@
 
 Seeded: the same command takes the same steps. It checkpoints and, started again with the same `--out`, goes on
 where it stopped; `--minutes` stops it early in that way. Training frames are rendered once into `--frames`
-(train_scenes_data.py); scores are COCO mAP on scenes whose seeds are never trained on (train_scenes_scores.py).
+(train_scenes_data.py); what is trained and scored is in train_scenes_tasks.py: COCO mAP, on scenes that are never
+trained on.
 """
 
 import argparse

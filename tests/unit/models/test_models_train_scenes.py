@@ -14,8 +14,10 @@ pytest.importorskip("pycocotools", reason='pip install -e ".[edge]"')
 import onnxruntime  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
+from torch import nn  # noqa: E402
 
-from models.datasets.scenes import HELD_OUT_SEEDS, FrameTruth, SceneSettings, plan_scene, render  # noqa: E402
+from models.datasets.scenes import HELD_OUT_SEEDS, SceneSettings, plan_scene, render  # noqa: E402
+from models.edge_items import scene_stills  # noqa: E402
 from models.train_scenes import export, rate_at, train  # noqa: E402
 from models.train_scenes_data import (  # noqa: E402
     FrameStore,
@@ -28,8 +30,7 @@ from models.train_scenes_data import (  # noqa: E402
     sent,
 )
 from models.train_scenes_embedding import embedding_losses, matched_share, pair_losses  # noqa: E402
-from models.train_scenes_scores import average_precision, held_out_stills  # noqa: E402
-from models.train_scenes_tasks import TASKS, Task, detector_task, embed_with, normalised, yolox_task  # noqa: E402
+from models.train_scenes_tasks import TASKS, Task, detector_task, embed_with, normalised, still_scores, yolox_task  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_stored_frames_are_those_of_scenes_that_are_not_held_out(tmp_path: Path)
 
 def test_no_score_is_taken_on_trained_scenes() -> None:
     with pytest.raises(ValueError, match="trained on"):
-        held_out_stills(2, HELD_OUT_SEEDS - 1)
+        still_scores(nn.Identity(), nn.Identity(), HELD_OUT_SEEDS + 1)
 
 
 @pytest.mark.parametrize("across", [False, True])
@@ -105,10 +106,11 @@ def test_what_is_sent_has_the_old_size_and_lost_detail(store: FrameStore) -> Non
 
 
 def test_a_step_sees_the_same_whenever_it_is_taken(store: FrameStore) -> None:
-    first, again, next_one = (minibatch(store, 3, step, 2) for step in (5, 5, 6))
+    first, again, next_one, other_seed = (minibatch(store, *at, 2) for at in ((3, 5), (3, 5), (3, 6), (4, 5)))
     assert [one.picture.tobytes() for one in first] == [one.picture.tobytes() for one in again]
     assert [one.boxes.tolist() for one in first] == [one.boxes.tolist() for one in again]
-    assert [one.picture.tobytes() for one in first] != [one.picture.tobytes() for one in next_one]
+    for other in (next_one, other_seed):
+        assert [one.picture.tobytes() for one in first] != [one.picture.tobytes() for one in other]
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
@@ -251,24 +253,24 @@ def test_an_embedding_of_each_box_comes_back_by_picture(store: FrameStore, tmp_p
     assert second.shape == (0, 64)
 
 
-def test_average_precision_of_known_answers() -> None:
-    picture = np.zeros((100, 100, 3), np.uint8)
-    boxes = np.array([[10.0, 10, 50, 50], [60, 60, 90, 90]])
-    truth = FrameTruth(np.array([1, 2]), np.array([0, 3]), boxes, np.array([1.0, 1.0]))
-    hidden = FrameTruth(np.array([1, 2]), np.array([0, 3]), boxes, np.array([1.0, 0.1]))
+class Shown(nn.Module):
+    """Stands in for a perfect detector: it knows the truth of each held-out still, in order."""
 
-    def score(found: np.ndarray, classes: list[int], against: FrameTruth = truth) -> dict[str, float]:
-        answer = (found.astype(np.float32), np.linspace(0.9, 0.8, len(found), dtype=np.float32), np.array(classes))
-        return average_precision(lambda _: answer, [picture], [against])
+    def __init__(self, moved: float) -> None:
+        super().__init__()
+        self.truth = [still.truth for still in scene_stills(4)]
+        self.moved = moved
+        self.calls = 0
 
-    perfect = score(boxes, [0, 3])
-    assert (perfect["mAP"], perfect["ball"], perfect["star"]) == (1.0, 1.0, 1.0)
-    moved = score(
-        boxes + np.array([4, 0, 4, 0]), [0, 3]
-    )  # IoU 36/44 = 0.82 and 26/34 = 0.76: right at 7 and 6 of 10 thresholds
-    assert moved["mAP"] == pytest.approx((0.7 + 0.6) / 2, abs=0.001)
-    assert score(boxes, [3, 0])["mAP"] == 0
-    assert score(boxes[:1], [0])["mAP"] == 0.5
-    assert score(boxes[:1], [0], hidden)["AP50"] in (1.0, 0.5)
-    nothing = score(boxes[:0], [])
-    assert (nothing["mAP"], nothing["AP50"]) == (0, 0)
+    def forward(self, image: Any) -> tuple[Any, ...]:
+        one = self.truth[self.calls]
+        self.calls += 1
+        boxes = torch.from_numpy(one.boxes.astype(np.float32)) + self.moved
+        return boxes, torch.ones(len(boxes)), torch.from_numpy(one.classes)
+
+
+def test_scores_are_those_of_what_is_served() -> None:
+    assert still_scores(nn.Identity(), Shown(0.0), 4)["mAP"] == pytest.approx(1.0)
+    moved = still_scores(nn.Identity(), Shown(4.0), 4)
+    assert 0 < moved["mAP"] < 0.8
+    assert moved["AP50"] > moved["AP75"]
