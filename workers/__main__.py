@@ -14,6 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from models.catalog import VariantError, load_catalog
+from models.clip_limits import Limits
+from models.edge_catalog import load_edge_catalog
 from protocol.logs import log_as_json_lines
 from workers.config import ConfigError, WorkerConfig
 from workers.server import serve_until
@@ -50,6 +52,12 @@ def main(
     drain_s: Annotated[float, typer.Option(help="After SIGTERM: longest wait for queued requests, in seconds.")] = 10.0,
     seed: Annotated[int, typer.Option(help="Seed of emulated variants' service times and answers.")] = 0,
     prepare_threads: Annotated[int, typer.Option(help="Threads that decode and resize inputs.")] = 2,
+    clip_frames: Annotated[
+        int, typer.Option(help="Edge node: most frames of one clip; longer ones are refused.")
+    ] = Limits().max_frames,
+    clip_s: Annotated[
+        float, typer.Option(help="Edge node: longest clip, in seconds; longer ones are refused.")
+    ] = Limits().max_seconds,
     log_level: Annotated[LogLevel, typer.Option(help="JSON lines on stderr, from this level on.")] = LogLevel.INFO,
 ) -> None:
     """Host a deployment's instances on one device.
@@ -71,8 +79,11 @@ def main(
             drain_s=drain_s,
             seed=seed,
             prepare_threads=prepare_threads,
+            clip_frames=clip_frames,
+            clip_s=clip_s,
         )
         load_catalog(config.catalog)
+        load_edge_catalog(config.catalog)
     except (ConfigError, VariantError) as error:
         print(f"worker not started: {error}", file=sys.stderr)
         raise typer.Exit(2) from error

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import msgspec
 
+from models.clip_limits import Limits
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 _LONGEST_SOCKET_PATH = 107  # bytes that fit into sockaddr_un
 
@@ -24,7 +26,10 @@ class ConfigError(ValueError):
 
 
 class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """A worker's own settings. `address`: where it listens; `advertise`: how others reach it ("" = the same)."""
+    """A worker's own settings. `address`: where it listens; `advertise`: how others reach it ("" = the same).
+
+    `clip_frames`, `clip_s`: what an edge node decodes of one clip at most.
+    """
 
     name: str
     board: str
@@ -36,6 +41,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_s: float = 10.0
     seed: int = 0
     prepare_threads: int = 2
+    clip_frames: int = Limits().max_frames
+    clip_s: float = Limits().max_seconds
 
     def __post_init__(self) -> None:
         _require(
@@ -61,6 +68,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
             _require(0 <= self.metrics_port <= 65535, "metrics_port", self.metrics_port, "a port is 0 to 65535")
         _require(0 <= self.drain_s <= 3600, "drain_s", self.drain_s, "seconds, 0 to 3600")
         _require(1 <= self.prepare_threads <= 64, "prepare_threads", self.prepare_threads, "1 to 64 threads")
+        _require(1 <= self.clip_frames <= 100_000, "clip_frames", self.clip_frames, "1 to 100000 frames")
+        _require(0 < self.clip_s <= 3600, "clip_s", self.clip_s, "seconds, above 0 and at most 3600")
 
 
 def _check_address(key: str, value: str) -> None:

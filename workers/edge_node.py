@@ -51,9 +51,16 @@ class NodeStatistics(msgspec.Struct, frozen=True):
 class _Here:
     """What belongs to one view: requests finish in the one that they came in."""
 
-    def __init__(self, clock: Clock, device: Device, variants: EdgeVariants, view: NodeView) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        device: Device,
+        variants: EdgeVariants,
+        view: NodeView,
+        beside_s: Callable[[float], float],
+    ) -> None:
         self.view = view
-        self.queue = EdgeQueue(clock, device, variants, view)
+        self.queue = EdgeQueue(clock, device, variants, view, beside_s)
         self.links = EdgeLinks(clock, view)
 
 
@@ -77,6 +84,7 @@ class EdgeNode:
         """Set while this worker is a node."""
         self.peer_of: Callable[[str], Peer | None] = lambda name: None
         self.on_change: Callable[[], None] = lambda: None
+        self.beside_s: Callable[[float], float] = lambda now_s: 0.0  # what else the device has to do: instances
         self.variants = EdgeVariants(clock, device, open_variant, self._changed)
         self._device = device
         self._preparer = preparer
@@ -108,7 +116,7 @@ class EdgeNode:
             self._here = None
             self.variants.follow(0.0, frozenset(), {}, "cpu", 1)
         else:
-            self._here = _Here(self.clock, self._device, self.variants, view)
+            self._here = _Here(self.clock, self._device, self.variants, view, lambda now_s: self.beside_s(now_s))
             self.variants.follow(view.memory_mb, view.variants, view.preload, view.device, view.threads)
         self._changed()
 
@@ -256,6 +264,10 @@ class EdgeNode:
     async def emptied(self) -> None:
         """Returns once no request is in this node's hands."""
         await self._empty.wait()
+
+    def backlog_s(self, now_s: float) -> float:
+        """Predicted time until the device has computed what is here."""
+        return self._here.queue.line.backlog_s(now_s) if self._here is not None else 0.0
 
     def status(self) -> NodeStatus:
         """This node at this moment."""

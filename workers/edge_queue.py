@@ -9,6 +9,7 @@ hold up the others. The emulated clock (Eq. 5) goes by arrival alone.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from protocol.outcomes import Attempt
 from workers.device import Clock, Device
 from workers.edge_answers import encode_found
 from workers.edge_journey import Journey, Refused, sleep_until
-from workers.edge_line import EmulatedLine, Line, MeasuredLine, Turn
+from workers.edge_line import Line, Turn
 from workers.edge_memory import NoRoom
 from workers.edge_variants import EdgeVariants, InUse, LoadFailed
 from workers.edge_view import NodeView, Task
@@ -40,14 +41,21 @@ class Computed(NamedTuple):
 class EdgeQueue:
     """One view's queue. State: how many hold a place, and the line."""
 
-    def __init__(self, clock: Clock, device: Device, variants: EdgeVariants, view: NodeView) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        device: Device,
+        variants: EdgeVariants,
+        view: NodeView,
+        beside_s: Callable[[float], float] = lambda now_s: 0.0,
+    ) -> None:
+        """`beside_s(now)`: what else the device has to do, in seconds."""
         self.length = 0
+        self.line = Line(view.tflops, emulated=view.emulate.compute == "table", beside_s=beside_s)
         self._clock = clock
         self._device = device
         self._variants = variants
         self._view = view
-        emulated = view.emulate.compute == "table"
-        self.line: Line = EmulatedLine(view.tflops) if emulated else MeasuredLine(view.tflops)
 
     async def serve(self, journey: Journey, task: Task, run: EdgeRun, payload: bytes) -> tuple[Attempt, bytes]:
         """OK or LATE, and the answer. Raises `Refused` for every other end."""
@@ -63,7 +71,7 @@ class EdgeQueue:
         try:
             runtime = await self._loaded(journey, use)
             computed = await self._computed(journey, turn, runtime, run, payload)
-            self.line.end(turn, task, computed.frames, computed.compute_s)
+            self.line.computed(turn, task, computed.frames, computed.compute_s)
             await sleep_until(self._clock, turn.ends_s)
         except BaseException:
             self.line.leave(turn, self._clock.now_s())

@@ -10,7 +10,7 @@ expiries.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -55,6 +55,7 @@ class Host:
         self.device = device
         self.loading = asyncio.Lock()
         self.draining = False  # the whole worker, for its status
+        self.beside_s: Callable[[float], float] = lambda now_s: 0.0  # what else the device has to do: edge requests
         self._preparer = preparer
         self._serving: Instance | None = None
         self._free_s = 0.0
@@ -281,6 +282,10 @@ class Host:
 
     def backlog_s(self, now_s: float) -> float:
         """Predicted time until everything that the device now holds is done."""
+        return self.own_backlog_s(now_s) + self.beside_s(now_s)
+
+    def own_backlog_s(self, now_s: float) -> float:
+        """The instances' part of it."""
         total_s = 0.0
         for instance in self.instances.values():
             total_s += instance.backlog_s(now_s)

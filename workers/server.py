@@ -11,6 +11,7 @@ import secrets
 
 import msgspec
 
+from models.clip_limits import Limits
 from protocol.board import Board
 from protocol.frames import Frame, Kind
 from protocol.link import Connection, serve
@@ -52,7 +53,9 @@ async def serve_until(
     device, preparer = Device(clock), Preparer(config.prepare_threads)
     host = Host(clock, device, preparer)
     epoch = secrets.token_hex(8)
-    node = EdgeNode(clock, device, preparer, open_variant or opener(config.catalog), epoch)
+    limits = Limits(max_frames=config.clip_frames, max_seconds=config.clip_s)
+    node = EdgeNode(clock, device, preparer, open_variant or opener(config.catalog), epoch, limits)
+    host.beside_s, node.beside_s = node.backlog_s, host.own_backlog_s  # they share the device
     callers: set[Caller] = set()
     listener = await serve(config.address, lambda: Caller(config.name, host, callers, epoch, node).connection)
     site = Site(config.name, advertised(config, listener), epoch)

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 
+from models.clips import write_mjpeg
 from protocol.edge_records import EdgeInfer, EdgeRun, Emulation
 from protocol.frames import Kind, encode_head
 from protocol.link import Connection, connect
@@ -16,6 +18,7 @@ from protocol.outcomes import Attempt
 from protocol.records import Deployment
 from tests.fakes.edge_models import bright_deployment, picture
 from tests.fakes.edge_rig import Answer, EdgeRig, answer, edge_rig
+from tests.fakes.finder_network import write_finder
 
 RedisServer = Any  # of this folder's conftest.py, which importlib mode does not let tests import
 COMPUTE_ONLY = Emulation(uplink=False, links=False)
@@ -359,5 +362,69 @@ def test_requests_are_conserved_between_nodes_in_a_storm(tmp_path: Path, fake_re
             assert sum(counted) == 180
             assert counted == [sum(one.attempt == attempt for one in ended) for attempt in range(len(Attempt))]
             assert min(counted[one] for one in (Attempt.OK, Attempt.INVALID, Attempt.UNAVAILABLE)) >= 10, counted
+
+    asyncio.run(scenario())
+
+
+ENTRY = """
+name = "{name}"
+service = "{service}"
+tracker = "{tracker}"
+path = "finder.onnx"
+labels = ["thing"]
+short_side = 120
+long_side = 160
+memory_mb = 10
+tflop = 0.001
+weights = "random"
+"""
+
+
+def test_a_real_network_on_a_real_worker(tmp_path: Path, fake_redis_url: str) -> None:
+    """`python -m workers` with a user's own ONNX file: an image and a clip, through onnxruntime and SORT, two nodes."""
+    catalog = tmp_path / "catalog"
+    (catalog / "edge").mkdir(parents=True)
+    write_finder(catalog / "edge" / "finder.onnx")
+    for name, service, tracker in (("finder", "detection", ""), ("finder_sort", "tracking", "sort")):
+        entry = ENTRY.format(name=name, service=service, tracker=tracker)
+        (catalog / "edge" / f"{name}.toml").write_text(entry)
+    deployment = bright_deployment(tmp_path, nodes="ab", emulate=COMPUTE_ONLY)
+    for table, old, new in (("detection", "small", "finder"), ("tracking", '"follower"', '"finder_sort"')):
+        path = tmp_path / f"bright-{table}.toml"
+        path.write_text(path.read_text().replace(old, new))
+
+    async def scenario() -> None:
+        async with edge_rig(tmp_path, fake_redis_url, deployment, catalog) as rig:
+
+            async def linked_by_finder() -> Answer | None:
+                found = await rig.ask("a", "b", picture(), variant="finder")
+                return found if found.attempt == Attempt.OK else None
+
+            image = await rig.until(linked_by_finder)
+            (found,) = image.json["detections"]
+            left, top, width, height = found["box"]
+            assert (found["label"], width, height) == ("thing", 16.0, 16.0)
+            assert 30 <= left <= 50
+            assert 14 <= top <= 34
+            frames = []
+            for number in range(10):
+                frame = np.zeros((120, 160, 3), dtype=np.uint8)
+                frame[40:56, 10 + 4 * number : 26 + 4 * number] = 255
+                frames.append(frame)
+            clip = await rig.ask(
+                "a", "b", write_mjpeg(frames, 95), service="tracking", variant="finder_sort",
+                content_type="video/x-motion-jpeg; fps=5",
+            )  # fmt: skip
+            assert clip.attempt == Attempt.OK, clip.reply.reason
+            tracks = clip.json["tracks"]
+            assert len(tracks) >= 7
+            assert len({row[1] for row in tracks}) == 1, "one thing, one track"
+            for row in tracks:
+                assert row[2] == pytest.approx(10 + 4 * (row[0] - 1), abs=3)
+                assert row[3] == pytest.approx(40, abs=3)
+            status = await rig.status("b")
+            assert set(status.deployed) == {"finder", "finder_sort"}
+            assert rig.resident_mb("a") < 120, "idle"
+            assert rig.resident_mb("b") < 300, "with two small networks and what trackers import"
 
     asyncio.run(scenario())

@@ -42,11 +42,12 @@ class Answer(NamedTuple):
 
 
 class EdgeRig:
-    """Nodes of one deployment, by name; those of `real` run as `python -m workers`, the others with faked variants."""
+    """Nodes of one deployment, by name. With a `catalog` they run as `python -m workers`, else with faked variants."""
 
-    def __init__(self, folder: Path, board: Board, deployment: Deployment) -> None:
+    def __init__(self, folder: Path, board: Board, deployment: Deployment, catalog: Path | None = None) -> None:
         assert deployment.edge is not None
         self.folder = folder
+        self.catalog = catalog
         self.board = board
         self.deployment = deployment
         self.network: EdgeNetwork = network_of(deployment.edge)
@@ -59,7 +60,12 @@ class EdgeRig:
 
     async def start(self, node: str) -> None:
         """Start a node's process (again)."""
-        command = [sys.executable, "-m", "tests.fakes.edge_worker", f"w-{node}", self.board.url, self.address(node)]
+        name, address = f"w-{node}", self.address(node)
+        if self.catalog is None:
+            command = [sys.executable, "-m", "tests.fakes.edge_worker", name, self.board.url, address]
+        else:
+            command = [sys.executable, "-m", "workers", "--name", name, "--board", self.board.url, "--address", address]
+            command += ["--catalog", str(self.catalog)]
         with (self.folder / f"{node}.log").open("ab") as log:
             self.processes[node] = await asyncio.create_subprocess_exec(*command, stderr=log, cwd=ROOT)
 
@@ -172,10 +178,12 @@ async def answer(future: asyncio.Future[Frame]) -> Answer:
 
 
 @contextlib.asynccontextmanager
-async def edge_rig(folder: Path, board_url: str, deployment: Deployment) -> AsyncIterator[EdgeRig]:
+async def edge_rig(
+    folder: Path, board_url: str, deployment: Deployment, catalog: Path | None = None
+) -> AsyncIterator[EdgeRig]:
     """Nodes that run, know each other and answer."""
     async with Board(board_url) as board:
-        rig = EdgeRig(folder, board, await board.put_deployment(deployment))
+        rig = EdgeRig(folder, board, await board.put_deployment(deployment), catalog)
         try:
             names = [worker.node for worker in deployment.workers]
             await asyncio.gather(*(rig.start(name) for name in names))

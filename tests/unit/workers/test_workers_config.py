@@ -27,6 +27,8 @@ from workers.config import ConfigError, WorkerConfig
         ("metrics_port", 65536),
         ("drain_s", -1.0),
         ("prepare_threads", 0),
+        ("clip_frames", 0),
+        ("clip_s", float("nan")),
     ],
 )
 def test_settings_name_key_value_and_remedy(key: str, value: object) -> None:

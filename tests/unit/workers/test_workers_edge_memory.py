@@ -88,7 +88,7 @@ class Ledger(RuleBasedStateMachine):
 
 
 TestLedger = Ledger.TestCase
-TestLedger.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLedger.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 
 
 def test_a_smaller_budget_is_kept_as_soon_as_that_is_possible() -> None:

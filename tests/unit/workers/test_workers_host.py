@@ -280,3 +280,14 @@ def test_conservation_random(make_bench: Callable[..., Bench]) -> None:
         assert len(bench.replies) == len(sent) == sum(instance.queue.arrived for instance in instances)
         for code, count in enumerate(map(sum, zip(*(i.queue.counts for i in instances), strict=True))):
             assert count == sum(reply.attempt == code for _, _, reply, _ in bench.replies)
+
+
+def test_what_else_the_device_has_to_do_counts_in_the_backlog(bench: Bench) -> None:
+    """Edge requests of the same worker: gateways predict with it, and its own part stays known."""
+    bench.add("a", 1.0)
+    bench.send("a")
+    bench.host.beside_s = lambda now_s: 2.0 - now_s
+    bench.clock.advance_to(0.5)
+    (status,) = bench.host.status()
+    assert status.backlog_s == pytest.approx(0.5 + 1.5)
+    assert bench.host.own_backlog_s(0.5) == pytest.approx(0.5)
