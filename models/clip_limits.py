@@ -14,7 +14,7 @@ Frame = npt.NDArray[np.uint8]
 """[height, width, 3], RGB."""
 
 _TIME_SLACK_S = 1e-6
-_REMEDY = "send a shorter or smaller one, or start the node with a higher limit (--clip-frames, --clip-s)"
+_REMEDY = "send a shorter or smaller one, or raise the limit where the node starts (--clip-frames, --clip-s)"
 
 
 class Limits(msgspec.Struct, frozen=True):

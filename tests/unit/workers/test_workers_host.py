@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import pytest
 
 from models.runtime import EmulatedRuntime
 from protocol.outcomes import Attempt
