@@ -27,12 +27,15 @@ FORMS = {
 """Learned routers by name: (phase observable, batching)."""
 
 
-def paper_task(policy: str, workload_name: str, requirement_s: float = 0.3) -> Task:
-    """The task of one of Tan's learned routers on his service."""
+def paper_task(
+    policy: str, workload_name: str, requirement_s: float = 0.3, without: frozenset[int] = frozenset()
+) -> Task:
+    """The task of one of Tan's learned routers on his service, `without` some of its instances (by number)."""
     observable, batching = FORMS[policy]
-    return Task(
-        policy, paper_service(requirement_s), workload(workload_name), observable, batching, workload=workload_name
-    )
+    service = paper_service(requirement_s)
+    if without:
+        service = service.with_instances([i for i in range(len(service.kinds)) if i not in without])
+    return Task(policy, service, workload(workload_name), observable, batching, workload=workload_name)
 
 
 def train(
@@ -104,6 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slots", type=int, default=None, help="length of the run (default: the preset's)")
     parser.add_argument("--stop-at", type=int, default=None, help="stop at this many slots; --resume goes on later")
     parser.add_argument("--requirement-ms", type=float, default=300.0)
+    parser.add_argument(
+        "--without", type=int, action="append", default=[], metavar="I", help="leave out an instance (0, 1 heavy; 2, 3)"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, required=True)
@@ -122,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for item in given.set:
         key, value = item.split("=", 1)
         chosen = replace(chosen, **{key: type(getattr(chosen, key))(float(value))})
-    task = paper_task(given.policy, given.workload, given.requirement_ms / 1000.0)
+    task = paper_task(given.policy, given.workload, given.requirement_ms / 1000.0, frozenset(given.without))
     trainer = Trainer(task, chosen, given.seed, given.threads)
     if given.resume and (given.out / "checkpoint.pt").exists():
         load(trainer, given.out / "checkpoint.pt")

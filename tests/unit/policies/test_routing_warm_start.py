@@ -67,9 +67,29 @@ def test_features_are_matched_by_meaning() -> None:
     assert int((index < 0).sum()) == 4 * 4 + 2
 
 
+@pytest.mark.parametrize("missing", [1, 3])
+def test_with_an_instance_fewer_it_acts_as_the_old_one_masked(tmp_path: Path, missing: int) -> None:
+    """The last of a variant is the one that is left out: instances of one variant are alike to a trained actor."""
+    old = load_policy(old_policy(tmp_path))
+    trainer = Trainer(paper_task("learned-po", "paper", without=frozenset({missing})), SMALL, seed=6)
+    start_from(trainer, tmp_path / "learned-po.json")
+    trainer.export(tmp_path / "new", {"command": "test"})
+    new = load_policy(tmp_path / "new" / "learned-po.json")
+    length, elapsed_s, ages_s = [3, 1, 2, 5], [0.02, 0.03, 0.01, 0.005], [[0.2, 0.1, 0.05], [0.04], [0.03] * 2, [0.1]]
+    length[missing], elapsed_s[missing], ages_s[missing] = 0, 0.0, []
+    left = [i for i in range(4) if i != missing]
+    whole = observation_of(length, elapsed_s, ages_s, [1] * 4, [True] * 4)
+    part = observation_of(
+        [length[i] for i in left], [elapsed_s[i] for i in left], [ages_s[i] for i in left], [1] * 3, [True] * 3
+    )
+    [expected], _, _ = old.tables(features(old.layout, whole)[None])
+    [found], _, _ = new.tables(features(new.layout, part)[None])
+    assert np.abs(found - expected[left] / expected[left].sum()).max() < 1e-5
+
+
 def test_other_instances_are_refused() -> None:
     with pytest.raises(RoutingError, match="cannot start"):
-        columns(layout_for(PAPER_KINDS), layout_for(PAPER_KINDS[:3]))
+        columns(layout_for(PAPER_KINDS[:3]), layout_for(PAPER_KINDS))
 
 
 def test_the_critic_learns_alone_at_first() -> None:
