@@ -1,21 +1,16 @@
 """The compose files without an engine: validated, and their own commands run as local processes.
 
-What Docker would do is replaced as little as possible: a service's name becomes 127.0.0.1, each of its ports a free
-one, a volume a folder, `python` this interpreter. Commands, environments, health checks and stop signals are the
-files' own, read from `docker-compose config`; Redis is a real redis-server.
+How they run without Docker: tests/fakes/compose_host.py.
 """
 
 import contextlib
 import json
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Iterator
+import urllib.parse
 from pathlib import Path
 from typing import Any
 
@@ -23,42 +18,22 @@ import pytest
 import yaml  # type: ignore[import-untyped]
 
 from protocol.deployment import read_deployment
-from tests.fakes.running_system import any_port
+from tests.fakes.compose_host import (
+    CPU,
+    GPU,
+    ONE_SHOT,
+    ROOT,
+    Host,
+    composed,
+    fetch,
+    need,
+    running,
+    seconds,
+    until_ready,
+)
 
-ROOT = Path(__file__).parents[2]
-GPU, CPU = ("docker-compose.yml",), ("docker-compose.yml", "docker-compose.cpu.yml")
-ONE_SHOT = {"export", "loadgen"}
 TRIES = 4  # runs of the load generator until the machine keeps one up
 OURS = ("tidegate:cpu", "tidegate:gpu", "tidegate:export", "tidegate:loadgen")
-DEBIAN = {"docker-compose": "docker-compose", "promtool": "prometheus", "redis-server": "redis-server"}
-
-
-def need(binary: str) -> str:
-    """The binary's path. Without it: skipped with the remedy, or failed where nothing may be skipped (CI=true)."""
-    found = shutil.which(binary)
-    if found is None:
-        remedy = f"no {binary} on this machine: apt-get install {DEBIAN[binary]}"
-        if os.environ.get("CI", "").lower() in ("", "0", "false"):
-            pytest.skip(remedy)
-        pytest.fail(remedy, pytrace=False)
-    return found
-
-
-def composed(files: tuple[str, ...], **settings: str) -> dict[str, Any]:
-    """What docker-compose makes of the files, every profile included."""
-    command = [need("docker-compose")]
-    for file in files:
-        command += ["-f", file]
-    env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **settings}
-    command += ["--profile", "load", "--profile", "gpu", "config"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = yaml.safe_load(done.stdout.replace("$$", "$"))
-    return found
-
-
-def seconds(text: str) -> float:
-    return float(re.fullmatch(r"(\d+)s", text).group(1))  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("files", [GPU, CPU], ids=["gpu", "cpu"])
@@ -152,128 +127,6 @@ def test_the_export_service_does_nothing_twice(tmp_path: Path) -> None:
     subprocess.run(command, env={"PATH": "/usr/bin:/bin", "TIDEGATE_WEIGHTS": "none"}, check=True, timeout=10)
 
 
-class Host:
-    """The services of a composition as local processes."""
-
-    def __init__(self, composition: dict[str, Any], folder: Path) -> None:
-        self._services = composition["services"]
-        self._folder = folder
-        self._ports: dict[tuple[str, str], int] = {}
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
-
-    def port(self, service: str, port: str) -> int:
-        """The free port that stands for a container's."""
-        return self._ports.setdefault((service, port), any_port())
-
-    def local(self, service: str, text: str) -> str:
-        """A word of a command or environment, as it must read without Docker's names, ports and volumes."""
-        names = "|".join(map(re.escape, self._services))
-        text = re.sub(rf"\b({names}):(\d+)", lambda m: f"127.0.0.1:{self.port(m[1], m[2])}", text)
-        mine = {str(port) for one, port in self._ports if one == service} | {"6379", "8700", "9200", "9101", "7001"}
-        inside = rf"(0\.0\.0\.0|127\.0\.0\.1):({'|'.join(sorted(mine))})\b"
-        text = re.sub(inside, lambda m: f"127.0.0.1:{self.port(service, m[2])}", text)
-        if text in mine:
-            text = str(self.port(service, text))
-        text = re.sub(r"^/(models|engines)\b", lambda m: str(self._folder / m[1]), text)
-        return sys.executable if text == "python" else text.replace("0.0.0.0", "127.0.0.1")
-
-    def command(self, service: str, words: list[str]) -> list[str]:
-        return [self.local(service, str(word)) for word in words]
-
-    def environment(self, service: str) -> dict[str, str]:
-        """The service's own, and nothing of this process but where programs lie."""
-        own = self._services[service].get("environment", {})
-        return {"PATH": os.environ["PATH"]} | {name: self.local(service, str(value)) for name, value in own.items()}
-
-    def start(self, service: str) -> None:
-        for volume in ("models", "engines"):
-            (self._folder / volume).mkdir(exist_ok=True)
-        with (self._folder / f"{service}.log").open("wb") as log:
-            self.processes[service] = subprocess.Popen(
-                self.command(service, self._services[service]["command"]),
-                cwd=ROOT,
-                env=self.environment(service),
-                stdout=log,
-                stderr=log,
-            )
-
-    def healthy(self, service: str) -> bool:
-        """What the service's health check says now."""
-        kind, *words = self._services[service]["healthcheck"]["test"]
-        assert kind == "CMD"
-        done = subprocess.run(
-            self.command(service, words), cwd=ROOT, env=self.environment(service), capture_output=True, check=False
-        )
-        return done.returncode == 0
-
-    def until_healthy(self, service: str, patience_s: float = 60.0) -> None:
-        ends_s = time.monotonic() + patience_s
-        while not self.healthy(service):
-            assert self.processes[service].poll() is None, f"{service} ended: {self.log(service)}"
-            assert time.monotonic() < ends_s, f"{service} is not healthy: {self.log(service)}"
-            time.sleep(0.1)
-
-    def log(self, service: str) -> str:
-        return (self._folder / f"{service}.log").read_text()[-2000:]
-
-    def stop(self, service: str) -> int:
-        """SIGTERM, as `docker stop` does; the exit code. Killed (and failed) past the grace period."""
-        process = self.processes.pop(service)
-        process.send_signal(signal.SIGTERM)
-        try:
-            return process.wait(seconds(self._services[service].get("stop_grace_period", "10s")))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            pytest.fail(f"{service} did not end within its grace period: {self.log(service)}")
-
-
-@contextlib.contextmanager
-def running(files: tuple[str, ...], folder: Path, **settings: str) -> Iterator[Host]:
-    """Started in the order of `depends_on`, everything healthy."""
-    composition = composed(files, **settings)
-    host = Host(composition, folder)
-    services = [
-        name
-        for name, service in composition["services"].items()
-        if not service.get("profiles") and name not in ONE_SHOT | {"prometheus"}
-    ]
-    try:
-        host.start("redis")
-        host.until_healthy("redis")
-        for name in services:
-            if name != "redis":
-                host.start(name)
-        for name in services:
-            if name != "deployment":
-                host.until_healthy(name)
-        yield host
-        for name in ["gateway", *(name for name in services if name not in ("gateway", "redis")), "redis"]:
-            # uvicorn drains, then ends by the very signal that it got.
-            assert host.stop(name) == 0, f"{name}: {host.log(name)}"
-    finally:
-        for process in host.processes.values():
-            process.kill()
-            process.wait()
-
-
-def fetch(url: str, body: bytes | None = None) -> bytes:
-    request = urllib.request.Request(url, body, {"content-type": "image/png"})
-    with urllib.request.urlopen(request, timeout=10) as response:
-        data: bytes = response.read()
-        return data
-
-
-def until_ready(url: str, patience_s: float = 40.0) -> None:
-    ends_s = time.monotonic() + patience_s
-    while True:
-        with contextlib.suppress(OSError):
-            fetch(f"{url}/readyz")
-            return
-        assert time.monotonic() < ends_s, f"{url} is not ready"
-        time.sleep(0.1)
-
-
 @pytest.mark.redis
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
@@ -316,6 +169,29 @@ def test_the_files_own_commands_serve_requests(
         assert state["arrived"] == sum(sum(ends.values()) for ends in state["outcomes"].values())
         assert b'"ready":true' in fetch(f"{url}/v2/models/{service}/ready")
         _alerts_speak_of_metrics_that_exist(host, url)
+        if files == CPU:
+            _prometheus_reads_every_part(host, service)
+
+
+def _prometheus_reads_every_part(host: Host, service: str) -> None:
+    url = host.local_prometheus()
+
+    def asked(path: str) -> Any:
+        return json.loads(fetch(f"{url}/api/v1/{path}"))["data"]
+
+    query = urllib.parse.urlencode({"query": f'tidegate_requests_total{{service="{service}",outcome="OK"}}'})
+    targets, states, counted, firing = set[tuple[str, str]](), set[str](), 0.0, set[str]()
+    ends_s = time.monotonic() + 40.0
+    while counted <= 20 or states != {"ok"} or {health for _, health in targets} != {"up"}:
+        assert time.monotonic() < ends_s, (targets, states, counted, host.log("prometheus"))
+        time.sleep(0.2)
+        with contextlib.suppress(OSError):
+            targets = {(one["labels"]["job"], one["health"]) for one in asked("targets")["activeTargets"]}
+            states = {rule["health"] for group in asked("rules")["groups"] for rule in group["rules"]}
+            counted = sum(float(one["value"][1]) for one in asked(f"query?{query}")["result"])
+            firing = {one["labels"]["alertname"] for one in asked("alerts")["alerts"] if one["state"] == "firing"}
+    assert {job for job, _ in targets} == {"gateway", "scheduler", "workers", "prometheus"}
+    assert not firing
 
 
 def _alerts_speak_of_metrics_that_exist(host: Host, url: str) -> None:
