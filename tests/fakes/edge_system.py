@@ -4,10 +4,11 @@ Four nodes in a row, a - b - c - d, each a worker of its own; worker w-a serves 
 """
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import msgspec
@@ -15,39 +16,40 @@ import numpy as np
 import pytest
 
 from models.clips import encode_jpeg
+from models.edge_catalog import EdgeVariant
 from protocol.deployment import DeploymentFile, GatewaySettings
 from protocol.edge_records import EdgeLinkSpec, EdgeNodeSpec, EdgeServiceSpec, EdgeSpec, NodeStatus
 from protocol.frames import Kind
 from protocol.link import Connection, connect
 from protocol.records import InstanceSpec, ServiceSpec, WorkerSpec
 from tests.fakes.running_system import RunningSystem, any_port, until
+from tidegate import check
 from tidegate.supervisor import Supervisor
 
 JPEG = {"content-type": "image/jpeg"}
 MJPEG = {"content-type": "video/x-motion-jpeg; fps=10"}
 
 
-def edge_file(folder: Path, nodes: str = "abcd", memory_mb: float = 500.0, **edge: Any) -> DeploymentFile:
+def edge_file(folder: Path, names: str = "abcd", memory_mb: float = 500.0, **edge: Any) -> DeploymentFile:
     """The deployment; `edge` are settings of its [edge] part."""
     tables = {
         "detection": _table(folder / "bright-detection.toml", {"small": (100, 0.01, 0.4), "large": (300, 0.05, 0.6)}),
         "tracking": _table(folder / "bright-tracking.toml", {"follower": (120, 0.02, 0.5)}),
     }
-    spec = EdgeSpec(
-        services={name: EdgeServiceSpec(table=str(path), requirement_ms=10_000.0) for name, path in tables.items()},
-        nodes=tuple(
+    settings: dict[str, Any] = {
+        "services": {n: EdgeServiceSpec(table=str(path), requirement_ms=10_000.0) for n, path in tables.items()},
+        "nodes": tuple(
             EdgeNodeSpec(
                 name=name, latitude=-37.8, longitude=144.9 + n / 100, tflops=1.0, memory_mb=memory_mb, uplink_mbps=100.0
             )
-            for n, name in enumerate(nodes)
+            for n, name in enumerate(names)
         ),
-        links=tuple(
-            EdgeLinkSpec(between=(one, other), bandwidth_mbps=100.0)
-            for one, other in zip(nodes, nodes[1:], strict=False)  # noqa: RUF007
-        ),
-        **{"policy": "beam", "window_ms": 50.0, **edge},
-    )
-    first, *others = (WorkerSpec(name=f"w-{name}", node=name) for name in nodes)
+        "links": tuple(EdgeLinkSpec(between=pair, bandwidth_mbps=100.0) for pair in itertools.pairwise(names)),
+        "policy": "beam",
+        "window_ms": 50.0,
+    }
+    spec = EdgeSpec(**{**settings, **edge})
+    first, *others = (WorkerSpec(name=f"w-{name}", node=name) for name in names)
     null = InstanceSpec(variant="null", capacity=256)
     return DeploymentFile(
         name="edge",
@@ -75,6 +77,24 @@ def _table(path: Path, variants: dict[str, tuple[float, float, float]]) -> Path:
     return path
 
 
+def edge_catalog(folders: tuple[Path, ...] = ()) -> dict[str, EdgeVariant]:
+    """What the tables name, as if it lay in the catalog."""
+    trackers: dict[str, Literal["", "sort"]] = {"small": "", "large": "", "follower": "sort"}
+    return {
+        name: EdgeVariant(
+            name=name,
+            service="tracking" if tracker else "detection",
+            tracker=tracker,
+            path="/faked.onnx",
+            labels=("bright",),
+            memory_mb=1.0,
+            tflop=0.01,
+            weights="random",
+        )
+        for name, tracker in trackers.items()
+    }
+
+
 @contextlib.contextmanager
 def edge_system(file: DeploymentFile, *, embedded: bool = True, ready: bool = True) -> Iterator[RunningSystem]:
     """It, running, with workers whose edge variants are faked."""
@@ -85,6 +105,7 @@ def edge_system(file: DeploymentFile, *, embedded: bool = True, ready: bool = Tr
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Supervisor, "_worker_command", command)
+        patch.setattr(check, "load_edge_catalog", edge_catalog)
         with RunningSystem(file, embedded=embedded, ready=ready) as system:
             yield system
 

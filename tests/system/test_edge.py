@@ -269,7 +269,7 @@ def test_a_policy_that_cannot_be_loaded_is_told_and_sequential_places(tmp_path: 
             assert (edge["policy"], edge["placing_by"]) == ("hisper-sequential", "sequential")
             assert "hisper-sequential" in edge["reason"]
 
-    with edge_system(edge_file(tmp_path, nodes="ab", policy="hisper-sequential")) as system:
+    with edge_system(edge_file(tmp_path, names="ab", policy="hisper-sequential")) as system:
         asyncio.run(run(system))
 
 
@@ -281,5 +281,5 @@ def test_nodes_whose_memory_fits_nothing_refuse_with_the_reason(tmp_path: Path) 
             assert "no node has the memory for an action that meets the deadline" in answer.body["error"]
             await assert_edge_conserved(session, system)
 
-    with edge_system(edge_file(tmp_path, nodes="ab", memory_mb=50.0)) as system:
+    with edge_system(edge_file(tmp_path, names="ab", memory_mb=50.0)) as system:
         asyncio.run(run(system))
