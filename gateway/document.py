@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from gateway.admission import ACCEPTED_TYPES
+from gateway.edge_document import STORY, edge_paths
 from gateway.oip_document import OIP_PATHS
 
 Operation = tuple[str, str]
@@ -28,6 +29,12 @@ curl --data-binary @digit.png -H 'Content-Type: image/png' http://127.0.0.1:8700
 ```
 
 `X-Deadline-Ms` says how long the answer may take (the service's requirement if absent); `X-Request-Id` is echoed.
+
+Where the deployment has an edge network, `POST /v1/detection` takes an image and `POST /v1/tracking` a clip:
+
+```sh
+curl --data-binary @street.jpg -H 'Content-Type: image/jpeg' -H 'X-Edge-Node: a' http://127.0.0.1:8700/v1/detection
+```
 
 **Every request ends in one outcome**, which the status tells:
 
@@ -48,6 +55,7 @@ An error is `{"error": "what is wrong", "code": "OUTCOME", "id": "..."}`.
 """
 TAGS: Final = [
     {"name": "inference", "description": "An image in, its classes out."},
+    {"name": "edge", "description": "Images and clips, placed on the nodes of an edge network."},
     {"name": "open inference protocol", "description": "Version 2 of the protocol, for its clients."},
     {"name": "health", "description": "For load balancers and whoever starts processes."},
     {"name": "operating", "description": "What this gateway process has counted and sees."},
@@ -71,8 +79,9 @@ def complete(
             if "admin" in operation["tags"]:
                 operation["responses"]["default"] = _error("What is wrong (400, 401, 404, 409, 413, 503)")
     document["paths"]["/v1/{service}"] = {"post": INFER_OPERATION}
+    document["paths"].update(edge_paths(_error, _headers))
     document["paths"].update(OIP_PATHS)
-    types = list({*bodies.values(), *answers.values()})
+    types = list({*bodies.values(), *answers.values(), STORY})
     described, components = msgspec.json.schema_components(types, ref_template="#/components/schemas/{name}")
     for component in components.values():
         if "description" in component:

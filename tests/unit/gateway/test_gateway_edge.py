@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from gateway import edge_decide, edge_view
+from gateway.app import build_api
 from gateway.config import GatewayConfig
 from gateway.edge_exposition import EdgeValues, edge_families
 from gateway.exposition import merged
@@ -145,6 +146,33 @@ async def world(
             await one[name].stop()
 
 
+def agrees_with_the_document(gateway: Gateway, client: Client, service: str) -> None:
+    """What was sent is what the OpenAPI document says: its status, its headers, its keys and those of its parts."""
+    document = build_api(gateway).openapi()
+    described = document["paths"][f"/v1/{service}"]["post"]["responses"][str(client.status)]
+    names = {name.lower() for name in described["headers"]}
+    assert set(client.headers) - {"content-type", "content-length", "connection"} <= names
+    schemas = document["components"]["schemas"]
+
+    def keys(schema: dict[str, Any], value: Any) -> None:
+        if "$ref" in schema:
+            schema = schemas[schema["$ref"].rpartition("/")[2]]
+        for part in schema.get("allOf", ()):
+            keys(part, value)
+        for name, inner in schema.get("properties", {}).items():
+            if name in schema.get("required", ()) or name in value:
+                keys(inner, value[name])
+
+    def all_keys(schema: dict[str, Any]) -> set[str]:
+        if "$ref" in schema:
+            schema = schemas[schema["$ref"].rpartition("/")[2]]
+        return set(schema.get("properties", ())).union(*(all_keys(part) for part in schema.get("allOf", ())))
+
+    schema = described["content"]["application/json"]["schema"]
+    keys(schema, client.json)
+    assert client.json.keys() <= all_keys(schema)
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Boards are read again at once."""
@@ -161,6 +189,7 @@ def test_an_image_is_placed_sent_and_answered_with_its_story(tmp_path: Path) -> 
             client = here.ask(headers={"x-edge-node": "middle", "x-request-id": "mine"})
             told = await here.answer(client)
             assert client.status == 200
+            agrees_with_the_document(here.gateway, client, "detection")
             (asked,) = here.received()["middle"]
             assert list(here.received()) == ["middle"]
             assert here["middle"].asked[0][1] == BODY
@@ -228,6 +257,8 @@ def test_nonsense_is_refused_with_a_remedy(
             assert client.status == status
             assert says in told["error"]
             assert told["code"] == "INVALID"
+            if method == "POST" and service != "segmentation":
+                agrees_with_the_document(here.gateway, client, service)
             assert here.received() == {}
             assert tally(here.gateway) == {"INVALID": 1}
 
@@ -335,6 +366,7 @@ def test_two_refusals_are_the_end(tmp_path: Path, attempt: Attempt, status: int,
             assert "will not" in told["error"]
             assert len(here.received()["middle"]) == 2
             assert "retry-after" in client.headers
+            agrees_with_the_document(here.gateway, client, "detection")
 
     run(body)
 
