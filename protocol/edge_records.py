@@ -147,6 +147,7 @@ class EdgeRun(msgspec.Struct, array_like=True, frozen=True):
     """An adapted request on its way to the decided node. The payload: one JPEG, or the kept frames one after another.
 
     `scale`: what the adapted size is of the original; `frame_numbers`: the kept frames' numbers in the clip, from 1.
+    `hops`: links that it has passed, so that nodes of different deployments cannot send it round and round.
     """
 
     service: str
@@ -161,6 +162,7 @@ class EdgeRun(msgspec.Struct, array_like=True, frozen=True):
     frame_numbers: tuple[int, ...] = ()
     adapted_mb: float = 0.0
     spent: Spent = Spent()
+    hops: int = 0
 
 
 class NodeStatus(msgspec.Struct, array_like=True, frozen=True):

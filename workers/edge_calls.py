@@ -3,13 +3,14 @@
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import msgspec
 
 from protocol.edge_records import EdgeInfer, EdgeRun
 from protocol.frames import Frame, Kind
 from protocol.link import Connection
-from workers.edge_journey import Ended
+from workers.edge_journey import Body, Ended
 from workers.edge_node import EdgeNode
 
 EDGE_KINDS = frozenset({Kind.EDGE_INFER, Kind.EDGE_RUN, Kind.NODE_STATUS_REQUEST})
@@ -59,10 +60,10 @@ class EdgeCalls:
         if frame.kind == Kind.EDGE_INFER:
             asked = _decode_infer(frame.meta)
             _check_budget(asked.budget_s)
-            return lambda: self._node.infer(asked, frame.payload)
+            return partial(self._node.infer, asked, Body(frame.payload))
         run = _decode_run(frame.meta)
         _check_budget(run.budget_s)
-        return lambda: self._node.run(run, frame.payload)
+        return partial(self._node.run, run, Body(frame.payload))
 
     async def _answered(self, request_id: int, way: Callable[[], Awaitable[Ended]]) -> None:
         try:
@@ -79,5 +80,5 @@ class EdgeCalls:
 
 
 def _check_budget(budget_s: float) -> None:
-    if math.isnan(budget_s):
+    if not math.isfinite(budget_s):
         raise ValueError("the budget is no number")

@@ -52,18 +52,18 @@ class NodeFollower:
     def __init__(self, worker: str, node: EdgeNode) -> None:
         self._worker = worker
         self._node = node
-        self._followed: tuple[object, ...] = (None, None)
+        self._followed: tuple[object, object, object] = (None, None, None)
 
     def follow(self, deployment: Deployment | None) -> None:
         """Does nothing if what concerns this node is as before. A deployment with a fault in it changes nothing."""
         if deployment is None or check_deployment(deployment):
             return  # the reconciler of the instances says why
         spec = next((one for one in deployment.workers if one.name == self._worker), None)
-        concerns = (deployment.edge, (spec.node, spec.preload, spec.device, spec.threads) if spec is not None else None)
-        if concerns == self._followed:
-            return
-        self._followed = concerns
         name = spec.node if spec is not None else ""
+        loads = (spec.preload, spec.device, spec.threads) if spec is not None else None
+        former, self._followed = self._followed, (deployment.edge, name, loads)
+        if former == self._followed:
+            return
         view: NodeView | None = None
         fault = ""
         try:
@@ -71,7 +71,8 @@ class NodeFollower:
         except (GraphError, TableError, ValueError) as error:
             fault = str(error)
             log.error("this node cannot take part", extra={"node": name, "reason": fault})
-        self._node.follow(name, view, fault)
+            self._followed = (None, None, None)  # a file may be mended without a word here: look again at the next news
+        self._node.follow(name, view, fault, same_network=former[:2] == self._followed[:2])
 
 
 async def stay_linked(board: Board, node: EdgeNode, clock: Clock) -> None:

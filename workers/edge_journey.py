@@ -31,6 +31,23 @@ class Ended(NamedTuple):
     payload: bytes = b""
 
 
+class Body:
+    """Bytes on their way. Whoever uses them up takes them, so that nobody keeps them while an answer is awaited."""
+
+    __slots__ = ("_payload",)
+
+    def __init__(self, payload: bytes) -> None:
+        self._payload = payload
+
+    def __len__(self) -> int:
+        return len(self._payload)
+
+    def take(self) -> bytes:
+        """The bytes; afterwards they are gone from here."""
+        payload, self._payload = self._payload, b""
+        return payload
+
+
 class Journey:
     """One request at this node. All state is public; what it spent elsewhere before is in `spent`, too."""
 

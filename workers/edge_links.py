@@ -19,7 +19,7 @@ from protocol.outcomes import Attempt
 from protocol.peer import Peer
 from workers.device import Clock
 from workers.edge_fifo import Fifo
-from workers.edge_journey import Ended, Journey, Refused, passed_s, sleep_until
+from workers.edge_journey import Body, Ended, Journey, Refused, passed_s, sleep_until
 from workers.edge_view import NodeView, megabits
 
 SILENT_S: Final = 5.0
@@ -46,10 +46,10 @@ class EdgeLinks:
             queue_s, transfer_s = await self._carried(journey, self.uplink, "the uplink")
             journey.spend(emulated_uplink_queue_s=queue_s, emulated_access_s=transfer_s)
 
-    async def forward(
-        self, journey: Journey, run: EdgeRun, payload: bytes, peer_of: Callable[[str], Peer | None]
-    ) -> Ended:
+    async def forward(self, journey: Journey, run: EdgeRun, body: Body, peer_of: Callable[[str], Peer | None]) -> Ended:
         """Hands a request to the next node of its path and gives back its end. Raises `Refused` if nobody is there."""
+        if run.hops > self._view.network.nodes:
+            raise Refused(Attempt.UNAVAILABLE, f"it went round and round up to node {self._view.name}: nodes disagree")
         index = self._view.next_towards(run.node)
         name = self._view.neighbours[index].name
         if self._view.emulate.links:
@@ -60,8 +60,8 @@ class EdgeLinks:
             raise Refused(Attempt.UNAVAILABLE, f"node {name} is gone: no link to it from node {self._view.name}")
         sent_s = self._clock.now_s()
         left_s = journey.left_s(sent_s)
-        onward = msgspec.structs.replace(run, budget_s=left_s, spent=journey.spent)
-        frame = await _asked(peer, name, onward, payload, left_s + PATIENCE_S, journey)
+        onward = msgspec.structs.replace(run, budget_s=left_s, spent=journey.spent, hops=run.hops + 1)
+        frame = await _asked(peer, name, onward, body, left_s + PATIENCE_S, journey)
         reply = _decode_reply(frame.meta)
         # What nobody accounts for was spent between the nodes: sockets, event loops, copies.
         elsewhere_s = passed_s(journey.spent, reply.spent, waited_on_links=self._view.emulate.links)
@@ -85,10 +85,10 @@ class EdgeLinks:
         return span.queue_s, span.service_s
 
 
-async def _asked(peer: Peer, name: str, run: EdgeRun, payload: bytes, limit_s: float, journey: Journey) -> Frame:
+async def _asked(peer: Peer, name: str, run: EdgeRun, body: Body, limit_s: float, journey: Journey) -> Frame:
     """The neighbour's answer. A cancellation is passed on. Raises `Refused` if it is lost or does not come."""
     try:
-        request_id, future = peer.request(Kind.EDGE_RUN, run, payload)
+        request_id, future = peer.request(Kind.EDGE_RUN, run, body.take())
     except LinkClosed as error:
         raise Refused(Attempt.UNAVAILABLE, f"node {name} is gone: {error}") from error
     journey.passed_on = True

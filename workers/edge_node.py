@@ -9,9 +9,10 @@ State: the view (what the deployment makes of this node), its queue and links, t
 """
 
 import asyncio
+import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
 import msgspec
@@ -21,7 +22,7 @@ from protocol.edge_records import EdgeInfer, EdgeReply, EdgeRun, NodeRecord, Nod
 from protocol.outcomes import Attempt
 from protocol.peer import Peer
 from workers.device import Clock, Device
-from workers.edge_journey import Ended, Journey, Refused
+from workers.edge_journey import Body, Ended, Journey, Refused
 from workers.edge_links import EdgeLinks
 from workers.edge_prepare import prepare_request
 from workers.edge_queue import EdgeQueue
@@ -30,8 +31,8 @@ from workers.edge_view import NodeView, Task, Unknown
 from workers.instance import Site
 from workers.preparing import Preparer
 
-MOST_BYTES_ON_THEIR_WAY: Final = 256 << 20
-"""Of bodies that wait to be adapted or sent. Beyond it, bodies are refused: QUEUE_FULL."""
+MOST_BYTES: Final = 256 << 20
+"""Of bodies and adapted data in a node's hands. Beyond it they are refused: QUEUE_FULL."""
 
 log = logging.getLogger(__name__)
 
@@ -104,8 +105,11 @@ class EdgeNode:
 
     # the deployment
 
-    def follow(self, name: str, view: NodeView | None, fault: str = "") -> None:
-        """From now on this is node `name` ("": none) as `view` says; `fault`: why there is no view."""
+    def follow(self, name: str, view: NodeView | None, fault: str = "", *, same_network: bool = False) -> None:
+        """From now on this is node `name` ("": none) as `view` says; `fault`: why there is no view.
+
+        With `same_network` nothing has changed but what is to be loaded, and on what: queue and links go on.
+        """
         self._name = name
         self._fault = fault or "the deployment makes this worker no edge node"
         if name:
@@ -116,7 +120,8 @@ class EdgeNode:
             self._here = None
             self.variants.follow(0.0, frozenset(), {}, "cpu", 1)
         else:
-            self._here = _Here(self.clock, self._device, self.variants, view, lambda now_s: self.beside_s(now_s))
+            if self._here is None or not same_network:
+                self._here = _Here(self.clock, self._device, self.variants, view, lambda now_s: self.beside_s(now_s))
             self.variants.follow(view.memory_mb, view.variants, view.preload, view.device, view.threads)
         self._changed()
 
@@ -126,34 +131,29 @@ class EdgeNode:
 
     # requests
 
-    async def infer(self, asked: EdgeInfer, payload: bytes) -> Ended:
+    async def infer(self, asked: EdgeInfer, body: Body) -> Ended:
         """A client's request entered here. Never raises but when cancelled."""
         journey = Journey(self.clock.now_s(), asked.budget_s)
-        return await self._counted(journey, lambda: self._enter(journey, asked, payload))
+        return await self._counted(journey, lambda: self._enter(journey, asked, body))
 
-    async def run(self, run: EdgeRun, payload: bytes) -> Ended:
+    async def run(self, run: EdgeRun, body: Body) -> Ended:
         """A neighbour passed a request on. Never raises but when cancelled."""
         journey = Journey(self.clock.now_s(), run.budget_s, run.spent, run.adapted_mb)
-        return await self._counted(journey, lambda: self._pass(journey, run, payload))
+        return await self._counted(journey, lambda: self._pass(journey, run, body))
 
-    async def _enter(self, journey: Journey, asked: EdgeInfer, payload: bytes) -> Ended:
+    async def _enter(self, journey: Journey, asked: EdgeInfer, body: Body) -> Ended:
         here, task = self._task(asked)
-        if self._bytes + len(payload) > MOST_BYTES_ON_THEIR_WAY:
-            raise Refused(Attempt.QUEUE_FULL, f"node {self._name} holds {self._bytes >> 20} MiB of bodies already")
-        self._bytes += len(payload)
         try:
-            async with asyncio.timeout(journey.left_s(self.clock.now_s())):
-                ready = await prepare_request(
-                    self._preparer, payload, asked.content_type, task.configuration, self._limits
-                )
+            with self._holding(len(body)):
+                async with asyncio.timeout(journey.left_s(self.clock.now_s())):
+                    ready = await prepare_request(
+                        self._preparer, body, asked.content_type, task.configuration, self._limits
+                    )
         except TimeoutError as error:
             raise Refused(Attempt.EXPIRED, "its time was over before it was decoded") from error
-        finally:
-            self._bytes -= len(payload)
         adapted = ready.adapted
         journey.spend(decode_s=ready.decode_s, adapt_s=ready.adapt_s)
         journey.adapted_mb = len(adapted.payload) / 1e6
-        await here.links.access(journey)
         run = EdgeRun(
             service=asked.service,
             configuration=asked.configuration,
@@ -167,25 +167,41 @@ class EdgeNode:
             frame_numbers=adapted.frame_numbers,
             adapted_mb=journey.adapted_mb,
         )
-        return await self._onward(here, task, journey, run, adapted.payload)
+        small = Body(adapted.payload)
+        del ready, adapted
+        with self._holding(len(small)):
+            await here.links.access(journey)
+            return await self._onward(here, task, journey, run, small)
 
-    async def _pass(self, journey: Journey, run: EdgeRun, payload: bytes) -> Ended:
+    async def _pass(self, journey: Journey, run: EdgeRun, body: Body) -> Ended:
         here, task = self._task(run)
         if not (math.isfinite(run.scale) and run.scale > 0.0 and run.width > 0 and run.height > 0):
             raise Refused(Attempt.INVALID, f"scale {run.scale} of {run.width} x {run.height} pixels makes no sense")
-        return await self._onward(here, task, journey, run, payload)
+        with self._holding(len(body)):
+            return await self._onward(here, task, journey, run, body)
 
-    async def _onward(self, here: _Here, task: Task, journey: Journey, run: EdgeRun, payload: bytes) -> Ended:
+    async def _onward(self, here: _Here, task: Task, journey: Journey, run: EdgeRun, body: Body) -> Ended:
         if run.node != here.view.index:
-            return await here.links.forward(journey, run, payload, self.peer_of)
+            return await here.links.forward(journey, run, body, self.peer_of)
         self._passing -= 1
         self._length += 1
         try:
-            attempt, answer = await here.queue.serve(journey, task, run, payload)
+            attempt, answer = await here.queue.serve(journey, task, run, body)
         finally:
             self._length -= 1
             self._passing += 1
         return self._ended(journey, attempt, answer=answer)
+
+    @contextlib.contextmanager
+    def _holding(self, size: int) -> Iterator[None]:
+        """Bytes are in this node's hands. Raises `Refused` if they are too many."""
+        if self._bytes + size > MOST_BYTES:
+            raise Refused(Attempt.QUEUE_FULL, f"node {self._name} holds {self._bytes >> 20} MiB of data already")
+        self._bytes += size
+        try:
+            yield
+        finally:
+            self._bytes -= size
 
     def _task(self, asked: EdgeInfer | EdgeRun) -> tuple[_Here, Task]:
         if self._here is None:

@@ -12,7 +12,7 @@ from models.clip_limits import Frame, Limits
 from models.clips import open_clip
 from models.preprocess import InvalidInput
 from protocol.outcomes import Attempt
-from workers.edge_journey import Refused
+from workers.edge_journey import Body, Refused
 from workers.preparing import Preparer
 
 
@@ -30,13 +30,13 @@ class _Abandoned(Exception):
 
 
 async def prepare_request(
-    pool: Preparer, payload: bytes, content_type: str, configuration: Configuration, limits: Limits
+    pool: Preparer, body: Body, content_type: str, configuration: Configuration, limits: Limits
 ) -> AdaptedRequest:
     """Decode and adapt in the pool. Raises `Refused`. Who stops waiting ends the decoding at the next frame."""
     abandoned = threading.Event()
 
     def work() -> AdaptedRequest:
-        return adapted_request(payload, content_type, configuration, limits, abandoned)
+        return adapted_request(body.take(), content_type, configuration, limits, abandoned)
 
     try:
         return await pool.call(work)

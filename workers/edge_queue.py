@@ -20,7 +20,7 @@ from protocol.edge_records import EdgeRun
 from protocol.outcomes import Attempt
 from workers.device import Clock, Device
 from workers.edge_answers import encode_found
-from workers.edge_journey import Journey, Refused, sleep_until
+from workers.edge_journey import Body, Journey, Refused, sleep_until
 from workers.edge_line import Line, Turn
 from workers.edge_memory import NoRoom
 from workers.edge_variants import EdgeVariants, InUse, LoadFailed
@@ -57,7 +57,7 @@ class EdgeQueue:
         self._variants = variants
         self._view = view
 
-    async def serve(self, journey: Journey, task: Task, run: EdgeRun, payload: bytes) -> tuple[Attempt, bytes]:
+    async def serve(self, journey: Journey, task: Task, run: EdgeRun, body: Body) -> tuple[Attempt, bytes]:
         """OK or LATE, and the answer. Raises `Refused` for every other end."""
         arrived_s, loaded_before_s = self._clock.now_s(), journey.spent.load_s
         self._admit(journey, task, arrived_s)
@@ -70,7 +70,7 @@ class EdgeQueue:
         journey.waiting_tflop, journey.new_instance = turn.waiting_tflop, use.new
         try:
             runtime = await self._loaded(journey, use)
-            computed = await self._computed(journey, turn, runtime, run, payload)
+            computed = await self._computed(journey, turn, runtime, run, body)
             self.line.computed(turn, task, computed.frames, computed.compute_s)
             await sleep_until(self._clock, turn.ends_s)
         except BaseException:
@@ -111,11 +111,9 @@ class EdgeQueue:
         finally:
             journey.spend(load_s=self._clock.now_s() - begun_s)
 
-    async def _computed(
-        self, journey: Journey, turn: Turn, runtime: EdgeRuntime, run: EdgeRun, payload: bytes
-    ) -> Computed:
+    async def _computed(self, journey: Journey, turn: Turn, runtime: EdgeRuntime, run: EdgeRun, body: Body) -> Computed:
         def work() -> Computed:
-            return self._compute(turn, runtime, run, payload)
+            return self._compute(turn, runtime, run, body)
 
         future = self._device.submit(work)
         try:
@@ -128,11 +126,11 @@ class EdgeQueue:
             log.exception("a computation failed", extra={"node": self._view.name})
             raise Refused(Attempt.FAILED, f"the variant failed on node {self._view.name}: {error!r}"[:500]) from error
 
-    def _compute(self, turn: Turn, runtime: EdgeRuntime, run: EdgeRun, payload: bytes) -> Computed:
+    def _compute(self, turn: Turn, runtime: EdgeRuntime, run: EdgeRun, body: Body) -> Computed:
         """In the executor's thread."""
         begun_s = self._clock.now_s()
         self.line.begin(turn, begun_s)
-        frames = AdaptedFrames(payload)
+        frames = AdaptedFrames(body.take())
         if len(frames) != len(run.frame_numbers):
             raise InvalidInput(f"{len(frames)} frames came, and the numbers of {len(run.frame_numbers)}")
         if not runtime.variant.tracker and len(frames) != 1:

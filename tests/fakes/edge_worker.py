@@ -4,6 +4,8 @@ import asyncio
 import signal
 import sys
 
+import uvloop
+
 from protocol.logs import log_as_json_lines
 from tests.fakes.edge_models import open_bright
 from workers.config import WorkerConfig
@@ -22,4 +24,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())  # as `python -m workers` does

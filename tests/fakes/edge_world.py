@@ -22,7 +22,7 @@ from protocol.records import Deployment
 from tests.fakes.edge_models import BrightRuntime, open_bright
 from tests.fakes.virtual_time import VirtualTimeLoop
 from workers.device import Clock, Device, Timer
-from workers.edge_journey import Ended
+from workers.edge_journey import Body, Ended
 from workers.edge_node import EdgeNode
 from workers.edge_view import view_of
 from workers.preparing import Preparer
@@ -167,7 +167,7 @@ class MemoryPeer:
             task.cancel()
 
     async def _serve(self, number: int, run: EdgeRun, payload: bytes) -> None:
-        ended = await self._world.nodes[self._name].run(run, payload)
+        ended = await self._world.nodes[self._name].run(run, Body(payload))
         future = self._futures.get(number)
         if future is not None and not future.done():
             future.set_result(WireFrame(Kind.REPLY, number, msgspec.msgpack.encode(ended.reply), ended.payload))
@@ -220,9 +220,8 @@ class World:
         """One request, to its end."""
         table = next(table for table in self.network.tables if table.name == service)
         number, node = table.variants.index(variant), self.network.graph.names.index(to)
-        return await self.nodes[at].infer(
-            EdgeInfer(service, configuration, number, node, budget_s, content_type), payload
-        )
+        asked = EdgeInfer(service, configuration, number, node, budget_s, content_type)
+        return await self.nodes[at].infer(asked, Body(payload))
 
     def check_the_books(self) -> None:
         """Conservation, at every node."""

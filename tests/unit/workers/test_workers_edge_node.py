@@ -5,17 +5,20 @@ import json
 import random
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from models.clips import write_mjpeg
 from policies.placement.contract import Slots
 from policies.placement.edge_network import ACCEPTED, MEGABITS_PER_MEGABYTE
-from protocol.edge_records import EdgeReply, Emulation
+from protocol.edge_records import EdgeInfer, EdgeLinkSpec, EdgeReply, EdgeRun, Emulation
 from protocol.outcomes import Attempt
 from tests.fakes.edge_models import bright_deployment, picture
 from tests.fakes.edge_world import World, run_world
-from workers.edge_journey import Ended
+from workers import edge_node
+from workers.edge_follow import NodeFollower, drain
+from workers.edge_journey import Body, Ended
 
 COMPUTE_ONLY = Emulation(uplink=False, links=False)
 
@@ -310,8 +313,6 @@ def test_what_this_deployment_does_not_have_is_refused(tmp_path: Path) -> None:
     async def scenario() -> None:
         world = World(bright_deployment(tmp_path))
         node = world.nodes["a"]
-        from protocol.edge_records import EdgeInfer, EdgeRun
-
         for asked, reason in (
             (EdgeInfer("detection", 2, 0, 0, 1.0), "configuration 2 of detection: node a knows 0 to 1"),
             (EdgeInfer("detection", -1, 0, 0, 1.0), "configuration -1"),
@@ -319,17 +320,17 @@ def test_what_this_deployment_does_not_have_is_refused(tmp_path: Path) -> None:
             (EdgeInfer("detection", 0, 0, 3, 1.0), "node 3 of detection: node a knows 0 to 2"),
             (EdgeInfer("faces", 0, 0, 0, 1.0), "service 'faces'"),
         ):
-            ended = await node.infer(asked, picture())
+            ended = await node.infer(asked, Body(picture()))
             assert ended.reply.attempt == Attempt.UNAVAILABLE
             assert reason in ended.reply.reason
         for scale, width in ((0.0, 10), (float("nan"), 10), (1.0, 0)):
-            ended = await node.run(EdgeRun("detection", 0, 0, 0, 1.0, width, 10, scale, 0.0, (1,)), picture())
+            ended = await node.run(EdgeRun("detection", 0, 0, 0, 1.0, width, 10, scale, 0.0, (1,)), Body(picture()))
             assert ended.reply.attempt == Attempt.INVALID
-        ended = await node.run(EdgeRun("detection", 0, 0, 0, 1.0, 10, 10, 1.0, 0.0, (1, 2)), picture())
+        ended = await node.run(EdgeRun("detection", 0, 0, 0, 1.0, 10, 10, 1.0, 0.0, (1, 2)), Body(picture()))
         assert ended.reply.attempt == Attempt.INVALID
         assert "1 frames came, and the numbers of 2" in ended.reply.reason
         node.follow("", None)
-        ended = await node.infer(EdgeInfer("detection", 0, 0, 0, 1.0), picture())
+        ended = await node.infer(EdgeInfer("detection", 0, 0, 0, 1.0), Body(picture()))
         assert ended.reply.attempt == Attempt.UNAVAILABLE
         assert "no edge node" in ended.reply.reason
         world.check_the_books()
@@ -384,8 +385,6 @@ def test_conservation_in_a_storm_of_requests_and_cancellations(tmp_path: Path) -
 
 
 def test_draining_finishes_what_is_here_and_cuts_off_what_is_too_slow(tmp_path: Path) -> None:
-    from workers.edge_follow import drain
-
     async def scenario() -> None:
         world = World(bright_deployment(tmp_path, tflops=0.02, emulate=COMPUTE_ONLY))
         node = world.nodes["a"]
@@ -413,5 +412,75 @@ def test_draining_finishes_what_is_here_and_cuts_off_what_is_too_slow(tmp_path: 
         assert node.status().counts[Attempt.UNAVAILABLE] == 2
         assert all(runtime.closed for runtime in world.opened[:1])
         world.check_the_books()
+
+    run_world(scenario())
+
+
+def test_nodes_that_disagree_do_not_send_a_request_round_and_round(tmp_path: Path) -> None:
+    """To c by way of b, says a; by way of a, says b, which follows another deployment."""
+
+    async def scenario() -> None:
+        deployment = bright_deployment(tmp_path, emulate=COMPUTE_ONLY)
+        assert deployment.edge is not None
+        links = tuple(EdgeLinkSpec(between=("a", other), bandwidth_mbps=100.0) for other in "bc")
+        other = msgspec.structs.replace(deployment, edge=msgspec.structs.replace(deployment.edge, links=links))
+        world = World(deployment)
+        NodeFollower("w-b", world.nodes["b"]).follow(other)
+        ended = await world.infer("a", "c", picture())
+        assert ended.reply.attempt == Attempt.UNAVAILABLE
+        assert "nodes disagree" in ended.reply.reason
+        world.check_the_books()
+        assert [world.nodes[name].statistics().entered for name in "abc"] == [3, 2, 0]
+
+    run_world(scenario())
+
+
+def test_a_node_holds_a_bounded_number_of_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bodies, and adapted data on slow links; what has gone makes room again."""
+    body = picture()
+    monkeypatch.setattr(edge_node, "MOST_BYTES", 3 * len(body))
+
+    async def scenario() -> None:
+        world = World(bright_deployment(tmp_path, uplink_mbps=0.01, tflops=0.05))
+        waiting = [asyncio.create_task(world.infer("a", "b", body)) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        refused = await world.infer("a", "a", body)
+        assert refused.reply.attempt == Attempt.QUEUE_FULL
+        assert "MiB of data already" in refused.reply.reason
+        assert attempts(await asyncio.gather(*waiting)) == [Attempt.OK] * 3
+        assert (await world.infer("a", "a", body)).reply.attempt == Attempt.OK
+        assert world.nodes["a"]._bytes == 0
+        world.check_the_books()
+
+    run_world(scenario())
+
+
+def test_a_change_of_preloads_leaves_the_queue_alone(tmp_path: Path) -> None:
+    """What waits is still ahead of who comes next; a change of the network begins anew."""
+
+    async def scenario() -> None:
+        deployment = bright_deployment(tmp_path, nodes="a", memory_mb=500.0, tflops=0.02, emulate=COMPUTE_ONLY)
+        world = World(deployment)
+        node = world.nodes["a"]
+        follower = NodeFollower("w-a", node)
+        follower.follow(deployment)
+        waiting = asyncio.create_task(world.infer("a", "a", picture()))
+        await asyncio.sleep(0.5)
+        ahead = node.status().waiting_tflop
+        assert ahead == pytest.approx(0.01)
+        follower.follow(msgspec.structs.replace(deployment, version=9))
+        follower.follow(
+            bright_deployment(
+                tmp_path, nodes="a", memory_mb=500.0, tflops=0.02, emulate=COMPUTE_ONLY, preload=("large",)
+            )
+        )
+        assert node.status().waiting_tflop == ahead
+        assert set(node.status().deployed + node.status().loading) == {"large", "small"}
+        follower.follow(bright_deployment(tmp_path, nodes="a", memory_mb=500.0, tflops=0.04, emulate=COMPUTE_ONLY))
+        assert node.status().waiting_tflop == 0.0
+        assert node.status().length == 1
+        assert (await waiting).reply.attempt == Attempt.OK
+        follower.follow(None)
+        assert node.name == "a"
 
     run_world(scenario())

@@ -17,7 +17,7 @@ from protocol.edge_records import EdgeRun
 from protocol.outcomes import Attempt
 from tests.fakes.edge_models import bright_box, picture
 from workers.edge_answers import encode_found
-from workers.edge_journey import Refused
+from workers.edge_journey import Body, Refused
 from workers.edge_prepare import adapted_request, prepare_request
 from workers.preparing import Preparer
 
@@ -41,7 +41,8 @@ def test_who_stops_waiting_ends_the_decoding() -> None:
         pool = Preparer(1)
         one = Configuration(frame_rate=5)
         waiting = [
-            asyncio.create_task(prepare_request(pool, CLIP, "video/x-motion-jpeg", one, Limits())) for _ in range(3)
+            asyncio.create_task(prepare_request(pool, Body(CLIP), "video/x-motion-jpeg", one, Limits()))
+            for _ in range(3)
         ]
         await asyncio.sleep(0)
         waiting[0].cancel()
@@ -53,7 +54,7 @@ def test_who_stops_waiting_ends_the_decoding() -> None:
         assert ended[2].adapted.frame_numbers == (1, 7, 13, 19, 25)
         assert ended[2].fps == 30.0
         with pytest.raises(Refused) as refused:
-            await prepare_request(pool, b"", "image/png", one, Limits())
+            await prepare_request(pool, Body(b""), "image/png", one, Limits())
         assert (refused.value.attempt, refused.value.http_status) == (Attempt.INVALID, 400)
         pool.close()
 
