@@ -10,15 +10,15 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from models.architectures.faster_rcnn import rough_noise
-from models.catalog import VariantError
+from models.architectures.faster_rcnn import ARCHITECTURES, rough_noise
+from models.catalog import Accuracy, VariantError
 from models.detection import INPUT, OUTPUTS
 from models.edge_catalog import SUBFOLDER, EdgeVariant, load_edge_catalog, read_edge_variant
 from models.edge_weights import build_faster_rcnn
@@ -31,6 +31,25 @@ TIE = 1e-4  # scores nearer than this may change places
 SCORE_TOLERANCE = {"float32": 0.01, "float16": 0.2}
 OVERLAP = {"float32": 0.99, "float16": 0.5}
 LEAST_AGREEING = {"float32": 1.0, "float16": 0.6}
+
+
+class BuiltDetector(Protocol):
+    """A network with weights, ready to be translated."""
+
+    @property
+    def origin(self) -> str:
+        """Where its weights are from, in words."""
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """What is known of it with these weights."""
+
+    def in_precision(self, precision: str) -> Any:
+        """A module from one image to the outputs; "float32" is the network itself."""
+
+
+BUILDERS: dict[str, Callable[[str, str, int], BuiltDetector]] = dict.fromkeys(ARCHITECTURES, build_faster_rcnn)
+"""By variant: from its name, the weights asked for and a seed to a network. Raises `VariantError`."""
 
 Outputs = tuple[npt.NDArray[Any], ...]
 
@@ -62,15 +81,14 @@ def export_edge(
     torchvision (.pth, .safetensors). `precision` is "float32", "float16" or, left out, what the built-in entry says.
     Raises `VariantError` if the name, the weights or a package is missing, or the file differs from torch.
     """
-    known = {one: variant for one, variant in load_edge_catalog().items() if not variant.path}
-    if name not in known:
-        raise VariantError("export", "name", name, f"choose one of {', '.join(known)}")
-    variant = known[name]
+    if name not in BUILDERS:
+        raise VariantError("export", "name", name, f"choose one of {', '.join(BUILDERS)}")
+    variant = load_edge_catalog()[name]
     precision = precision or variant.precision
     if precision not in OVERLAP:
         raise VariantError("export", "precision", precision, "choose float32 or float16")
     on_step("building the network")
-    built = build_faster_rcnn(name, weights, seed)
+    built = BUILDERS[name](name, weights, seed)
     file = folder / name / "1" / "model.onnx"
     file.parent.mkdir(parents=True, exist_ok=True)
     on_step("translating it")
@@ -132,6 +150,7 @@ def compare(served: Any, file: Path, *, overlap: float = 0.99, score: float = 0.
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(1)

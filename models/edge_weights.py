@@ -61,6 +61,8 @@ def build_faster_rcnn(name: str, weights: str, seed: int = 0) -> Built:
         network = faster_rcnn.build(architecture)
         faster_rcnn.settle(network)
         return Built(network, "RANDOM: answers mean nothing", Accuracy())
+    if weights == "timm":
+        raise VariantError("export", "weights", weights, "timm has no detectors: torchvision, random or a file's path")
     if weights == "torchvision":
         state, origin, accuracy = _from_torchvision(name)
     else:

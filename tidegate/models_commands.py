@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from models.catalog import Variant, VariantError, load_catalog
+from models.edge_catalog import EdgeVariant, load_edge_catalog
 from models.profiles import Profile, write_profiles
 from tidegate.scenes_command import scenes
 
@@ -36,23 +37,23 @@ def list_variants(catalog: Folders = [], as_json: AsJson = False) -> None:  # no
     Example: tidegate models list --catalog my_models
     """
     with _explained():
-        variants = load_catalog(catalog)
+        summaries = [_summary(variant) for variant in load_catalog(catalog).values()]
+        summaries += [_edge_summary(variant) for variant in load_edge_catalog(catalog).values()]
     if as_json:
-        print(msgspec.json.encode({"variants": [_summary(variant) for variant in variants.values()]}).decode())
+        print(msgspec.json.encode({"variants": summaries}).decode())
         return
     console = Console()
     wide = console.width >= WIDE_TERMINAL or not console.is_terminal
     names = ("variant", "service", "accuracy", *(("runtime", "input") if wide else ()))
     columns = [Column(name, no_wrap=True) for name in names]
     table = Table(*columns, Column("file", overflow="fold"), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for variant in variants.values():
-        summary = _summary(variant)
+    for summary in summaries:
         known = summary["accuracy"] is not None
-        accuracy = f"{summary['accuracy']:.4f} {variant.accuracy.source}" if known else "unknown"
-        shape = "x".join(str(length) for length in variant.input.shape)
-        found = _shown_file(variant) if summary["available"] else "not exported yet"
-        further = (variant.runtime, shape) if wide else ()
-        table.add_row(variant.name, variant.service, accuracy, *further, found)
+        accuracy = f"{summary['accuracy']:.4f} {summary['accuracy_source']}" if known else "unknown"
+        shape = "x".join(str(length) for length in summary["input_shape"])
+        found = _shown_file(summary["file"]) if summary["available"] else "not exported yet"
+        further = (summary["runtime"], shape) if wide else ()
+        table.add_row(summary["name"], summary["service"], accuracy, *further, found)
     if not console.is_terminal:
         console.width = max(console.width, _PIPE_WIDTH)
     console.print(table)
@@ -144,39 +145,71 @@ def profile(
 
 @app.command()
 def export(
-    name: Annotated[str, typer.Argument(help="efficientnet_b0, pnasnet5large or pnasnet5large_224.")],
-    weights: Annotated[str, typer.Option(help="timm (downloads), random, or a state dict's path.")] = "timm",
-    runtime: Annotated[str, typer.Option(help="onnxruntime, openvino or torch.")] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="float32, or float16 where a GPU can.")] = "float32",
+    name: Annotated[str, typer.Argument(help="efficientnet_b0, pnasnet5large[_224], faster_rcnn_r50_fpn, ...")],
+    weights: Annotated[
+        str,
+        typer.Option(help="timm or torchvision (they download), random, or a checkpoint's path.", show_default=False),
+    ] = "",
+    runtime: Annotated[str, typer.Option(help="onnxruntime; for classes also openvino, torch.")] = "onnxruntime",
+    precision: Annotated[
+        str, typer.Option(help="float32, or float16 where a GPU can; else the variant's own.", show_default=False)
+    ] = "",
     out: Annotated[Path, typer.Option("--out", "-o", help="The model repository.")] = Path("model_repository"),
     seed: Annotated[int, typer.Option(help="For random weights.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Export a timm model to ONNX with a catalog entry beside it, and check it against torch.
+    """Export a model to ONNX with a catalog entry beside it, and check it against torch.
+
+    Weights are timm's, for detectors torchvision's (R-50-FPN) or a file of mmdetection's.
 
     Example: tidegate models export efficientnet_b0 && tidegate models list --catalog model_repository
+
+    Example: tidegate models export faster_rcnn_r101_fpn --weights faster_rcnn_r101_fpn_1x_coco_20200130-f513f705.pth
     """
-    try:
-        from models.export import export as export_model  # torch and timm: for this command only
-    except ImportError as error:
-        _notes.print(f'error: {error.name} is missing: pip install -e ".[train]"', style="red", markup=False)
-        raise typer.Exit(2) from error
-
     with _explained(), _notes.status("starting") as status:
-        variant = export_model(
-            name, out, weights=weights, runtime=runtime, precision=precision, seed=seed, on_step=status.update
-        )
+        detector = name in load_edge_catalog()
+        try:
+            # torch, timm, torchvision: for this command only
+            if detector:
+                from models.edge_export import export_edge
+            else:
+                from models.export import SOURCES
+                from models.export import export as export_model
+        except ImportError as error:
+            _notes.print(f'error: {error.name} is missing: pip install -e ".[train]"', style="red", markup=False)
+            raise typer.Exit(2) from error
+        if detector:
+            if runtime != "onnxruntime":
+                raise VariantError("export", "runtime", runtime, "detectors run in onnxruntime: leave it out")
+            found = export_edge(
+                name, out, weights=weights or "torchvision", precision=precision, seed=seed, on_step=status.update
+            )
+            summary = _edge_summary(found)
+        elif name not in SOURCES:
+            remedy = f"choose one of {', '.join([*SOURCES, *load_edge_catalog()])}"
+            raise VariantError("export", "name", name, remedy)
+        else:
+            variant = export_model(
+                name,
+                out,
+                weights=weights or "timm",
+                runtime=runtime,
+                precision=precision or "float32",
+                seed=seed,
+                on_step=status.update,
+            )
+            summary = _summary(variant)
     if as_json:
-        print(msgspec.json.encode(_summary(variant) | {"path": variant.path}).decode())
+        print(msgspec.json.encode(summary | {"path": summary["file"]}).decode())
         return
-    _notes.print(f"written: {variant.path}; serve it with --catalog {out}", soft_wrap=True, highlight=False)
+    _notes.print(f"written: {summary['file']}; serve it with --catalog {out}", soft_wrap=True, highlight=False)
 
 
-def _shown_file(variant: Variant) -> str:
-    """Its file as a person would type it, from where they are; an emulated one has none."""
-    if variant.runtime == "emulated":
+def _shown_file(file: str) -> str:
+    """A variant's file as a person would type it, from where they are; an emulated one has none."""
+    if not file:
         return "–"
-    path = Path(variant.path)
+    path = Path(file)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -206,7 +239,7 @@ def _choose(names: list[str], folders: list[Path]) -> list[Variant]:
     return [variants[name] for name in names]
 
 
-def _summary(variant: Variant) -> dict[str, object]:
+def _summary(variant: Variant) -> dict[str, Any]:
     """What a person wants to see of a variant; `available` is false where its file has still to be made."""
     return {
         "name": variant.name,
@@ -218,6 +251,22 @@ def _summary(variant: Variant) -> dict[str, object]:
         "accuracy_source": variant.accuracy.source,
         "available": variant.runtime == "emulated" or Path(variant.path).is_file(),
         "file": "" if variant.runtime == "emulated" else variant.path,
+        "description": variant.description,
+    }
+
+
+def _edge_summary(variant: EdgeVariant) -> dict[str, Any]:
+    """The same of a detector or tracker; an image is resized to these sides at most, the shorter first."""
+    return {
+        "name": variant.name,
+        "service": variant.service,
+        "runtime": "onnxruntime",
+        "input_shape": [3, variant.short_side, variant.long_side],
+        "classes": len(variant.labels),
+        "accuracy": variant.accuracy.value,
+        "accuracy_source": variant.accuracy.source,
+        "available": bool(variant.path) and Path(variant.path).is_file(),
+        "file": variant.path,
         "description": variant.description,
     }
 
