@@ -1,9 +1,10 @@
 """From detections frame by frame to tracks: SORT and ByteTrack (package `trackers`), QDTrack (`quasi_dense.py`).
 
 An association sees the detections of one frame after another and says which track each belongs to. SORT takes the
-confident boxes only and predicts where each track's box goes; ByteTrack lets the doubtful ones continue tracks that
-found no confident box; QDTrack goes by looks. `trackers` brings OpenCV and takes two seconds and 90 MB to import,
-which happens when the first SORT or ByteTrack is made.
+sure boxes only and predicts where each track's box goes; ByteTrack lets the doubtful ones continue tracks that found
+no sure box; QDTrack goes by looks. What is sure, and what may begin a track, depends on the network's scores: a
+variant's entry may say. `trackers` brings OpenCV and takes two seconds and 90 MB to import, which happens when the
+first SORT or ByteTrack is made.
 """
 
 from typing import Any, Protocol
@@ -27,9 +28,8 @@ class Seen(msgspec.Struct, frozen=True, eq=False):
 class BoxSettings(msgspec.Struct, frozen=True):
     """SORT's and ByteTrack's parameters. Frames are those that the tracker is given, whatever their rate."""
 
-    least_score: float  # boxes below it are not looked at
     begin_score: float  # least score that begins a track
-    sure_score: float  # ByteTrack: boxes above it are matched first; SORT: not used
+    sure_score: float  # boxes from it on are matched first (ByteTrack), or at all (SORT)
     match_overlap: float  # least IoU of a match
     remember_frames: int  # that a track may be out of sight
 
@@ -42,8 +42,10 @@ class Association(Protocol):
         ...
 
 
-SORT = BoxSettings(least_score=0.5, begin_score=0.5, sure_score=0.5, match_overlap=0.3, remember_frames=5)
-BYTETRACK = BoxSettings(least_score=0.1, begin_score=0.7, sure_score=0.6, match_overlap=0.1, remember_frames=30)
+# Scores as published for MOT17. Overlaps are ByteTrack's for both: at low frame rates boxes hardly overlap, and SORT's
+# own 0.3 costs 0.14 MOTA at 3 frames per second of our scenes for nothing at 15.
+SORT = BoxSettings(begin_score=0.5, sure_score=0.5, match_overlap=0.1, remember_frames=5)
+BYTETRACK = BoxSettings(begin_score=0.7, sure_score=0.6, match_overlap=0.1, remember_frames=30)
 
 
 class BoxAssociation:
@@ -70,7 +72,7 @@ class BoxAssociation:
         else:
             self._tracker = ByteTrackTracker(high_conf_det_threshold=settings.sure_score, **common)
         self._boxes = supervision.Detections
-        self._least_score = settings.least_score
+        self._least_score = settings.sure_score if kind == "sort" else 0.0
         self._frame = -1
         self._first: list[tuple[Any, int]] = []  # tracklets of the last frame with the detection that began them
 
@@ -123,8 +125,15 @@ class LooksAssociation:
         return [(self._frame, place, number) for place, number in enumerate(numbers.tolist()) if number != NOBODY]
 
 
-def associate(kind: str) -> Association:
-    """A new association for one clip. `kind`: "sort", "bytetrack" or "qdtrack"."""
+def associate(kind: str, begin_score: float = 0.0, sure_score: float = 0.0) -> Association:
+    """A new association for one clip. `kind`: "sort", "bytetrack" or "qdtrack"; scores of 0: the method's own.
+
+    Raises ImportError where the package `trackers` is needed and missing.
+    """
     if kind == "qdtrack":
-        return LooksAssociation(QuasiDenseSettings())
-    return BoxAssociation(kind, {"sort": SORT, "bytetrack": BYTETRACK}[kind])
+        own = QuasiDenseSettings()
+        begin_score, sure_score = begin_score or own.begin_score, sure_score or own.continue_score
+        return LooksAssociation(msgspec.structs.replace(own, begin_score=begin_score, continue_score=sure_score))
+    settings = {"sort": SORT, "bytetrack": BYTETRACK}[kind]
+    begin_score, sure_score = begin_score or settings.begin_score, sure_score or settings.sure_score
+    return BoxAssociation(kind, msgspec.structs.replace(settings, begin_score=begin_score, sure_score=sure_score))

@@ -45,6 +45,9 @@ class EdgeVariant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     std: _Levels = (1.0, 1.0, 1.0)
     colour: Literal["rgb", "bgr"] = "rgb"
     score_threshold: _Fraction = 0.05  # boxes below it are not reported
+    # Trackers, see models/associations.py: least scores that begin a track, and that are sure; 0: the method's own.
+    begin_score: _Fraction = 0.0
+    sure_score: _Fraction = 0.0
 
     precision: Literal["float32", "float16"] = "float32"  # of the file's weights
     memory_mb: _NotNegative  # what it takes on a node

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from models.adapt import Adapted, Configuration, adapt, read_adapted
-from models.associations import Seen, associate
+from models.associations import Seen
 from models.clip_limits import Frame
 from models.detection import Detections
 from models.edge_items import Clip, Still
@@ -139,7 +139,7 @@ def profile_tracking(
     variant and resolution, and only the association runs for every frame rate.
     """
     for tracker in trackers:
-        associate(tracker.variant.tracker)  # the first imports a package: outside of what is timed
+        tracker.association()  # the first imports a package: outside of what is timed
     found: dict[tuple[int, int], list[FloatArray]] = {}
     times_s: dict[tuple[int, int], list[float]] = {}
     sizes: list[list[int]] = []
@@ -227,7 +227,7 @@ def _follow(
     """Tracks of the kept frames in the original's coordinates with the gaps filled, and the whole time (s)."""
     kept = [number - 1 for number in adapted.frame_numbers]
     started = time.perf_counter()
-    tracks = follow([seen[index] for index in kept], associate(tracker.variant.tracker))
+    tracks = follow([seen[index] for index in kept], tracker.association())
     spent_s = time.perf_counter() - started + sum(look_s[index] for index in kept)
     rows = in_the_original(tracks, adapted.scale, adapted.frame_numbers).rows
     return interpolated(rows, adapted.frame_numbers, adapted.frame_count), spent_s

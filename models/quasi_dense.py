@@ -4,7 +4,8 @@ Every detection brings an embedding. Its likeness to a track is the mean of two 
 over all tracks and over all detections ("bi-softmax"): it is high only where each is the other's best match. Three
 kinds of detections take part: confident ones may begin a track, middling ones only continue one, and those that matched
 nothing stay for a frame as *backdrops*, which keep a newcomer from being taken for a track that resembles it. Plain
-numpy; parameters as published for MOT17.
+numpy; parameters as published for MOT17, which has one class. With several, a track may change its class from frame to
+frame here (an unsure class would cut it), and gets the one that its scores speak for.
 """
 
 import msgspec
@@ -30,7 +31,7 @@ class QuasiDenseSettings(msgspec.Struct, frozen=True):
     remember_frames: int = 30  # that a track may be out of sight
     backdrop_frames: int = 1
     momentum: float = 0.8  # share of the newest embedding in a track's
-    within_class: bool = True  # a track keeps its class
+    within_class: bool = False  # whether a track keeps its class
 
 
 class _Track(msgspec.Struct):

@@ -37,7 +37,11 @@ class Tracker:
 
     def track(self, frames: Sequence[Image]) -> Tracks:
         """Tracks of `frames` [height, width, 3], in order. Raises `ValueError` as `Detector.detect` does."""
-        return follow([self.look(frame) for frame in frames], associate(self.variant.tracker))
+        return follow([self.look(frame) for frame in frames], self.association())
+
+    def association(self) -> Association:
+        """A new one for one clip."""
+        return associate(self.variant.tracker, self.variant.begin_score, self.variant.sure_score)
 
     def look(self, frame: Image) -> Seen:
         """What the network sees in one frame."""

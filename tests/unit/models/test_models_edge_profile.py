@@ -11,7 +11,7 @@ pytest.importorskip("pycocotools", reason='pip install -e ".[edge]"')
 pytest.importorskip("trackeval", reason='pip install -e ".[edge]" and what `make` adds')
 
 from models.adapt import Configuration, Media
-from models.associations import Seen
+from models.associations import Association, Seen, associate
 from models.clip_limits import Frame
 from models.datasets.coco import write_coco
 from models.datasets.mot import write_sequence
@@ -75,6 +75,9 @@ class Follower:
     def __init__(self, kind: str = "sort") -> None:
         self.variant = variant(f"follow_{kind}", kind)
         self.looks = 0
+
+    def association(self) -> Association:
+        return associate(self.variant.tracker)
 
     def look(self, frame: Frame) -> Seen:
         self.looks += 1

@@ -56,9 +56,9 @@ def test_three_objects_on_straight_lines_are_three_whole_tracks(kind: str) -> No
     assert np.allclose(tracks.rows[:, 4:6], [30, 24], atol=3)
 
 
-@pytest.mark.parametrize("kind", ["sort", "bytetrack"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_track_has_one_class_and_rows_lie_in_order(kind: str) -> None:
-    frames = [seen(drifting(f)[:1], [0.9], [1 if f == 3 else 2]) for f in range(8)]
+    frames = [seen(drifting(f)[:1], [0.95], [1 if f == 3 else 2]) for f in range(8)]
     tracks = follow(frames, associate(kind))
     assert tracks.classes.tolist() == [2] * 8
     assert np.all(np.diff(tracks.rows[:, 0]) == 1)
@@ -178,7 +178,7 @@ def test_a_backdrop_keeps_a_newcomer_from_taking_a_track() -> None:
     assert without.update(boxes[1:], np.array([0.6]), kinds[1:], looks[1:]).tolist() == [1]
 
 
-def test_a_track_is_forgotten_after_its_frames_and_keeps_its_class() -> None:
+def test_a_track_is_forgotten_after_its_frames_and_may_keep_its_class() -> None:
     settings = QuasiDenseSettings(remember_frames=3)
     box, look = np.array([[0.0, 0, 30, 30]]), np.array([[5.0, 0]])
     nothing = (np.empty((0, 4)), np.empty(0), np.empty(0, dtype=np.int64), np.empty((0, 2)))
@@ -188,9 +188,17 @@ def test_a_track_is_forgotten_after_its_frames_and_keeps_its_class() -> None:
         for _ in range(gap):
             tracker.update(*nothing)
         assert tracker.update(box, np.array([0.95]), np.array([1]), look).tolist() == [expected]
-    tracker = QuasiDense(settings)
-    tracker.update(box, np.array([0.95]), np.array([1]), look)
-    assert tracker.update(box, np.array([0.95]), np.array([2]), look).tolist() == [2]
+    for within, expected in ((True, 2), (False, 1)):
+        tracker = QuasiDense(QuasiDenseSettings(within_class=within))
+        tracker.update(box, np.array([0.95]), np.array([1]), look)
+        assert tracker.update(box, np.array([0.95]), np.array([2]), look).tolist() == [expected]
+
+
+def test_a_variants_own_scores_replace_the_methods() -> None:
+    frames = [seen(drifting(f)[:1], [0.45], [0]) for f in range(6)]
+    for kind in KINDS:
+        assert len(follow(frames, associate(kind)).rows) == 0
+        assert len(follow(frames, associate(kind, begin_score=0.4, sure_score=0.4)).rows) == 6
 
 
 def test_embeddings_are_remembered_with_momentum() -> None:
