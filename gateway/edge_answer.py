@@ -29,7 +29,8 @@ class ConfigurationView(msgspec.Struct, frozen=True):
 class DecisionView(msgspec.Struct, frozen=True):
     """What was decided, by which policy, and where: "scheduler" or, without one and for second choices, "gateway".
 
-    `entry`: the node that took the request in, its local one unless that is dead.
+    `entry`: the node that took the request in, its local one unless that is dead. The predictions are the environment's
+    at that moment (Eqs. 6 and 11); what came of them stands in `delay_s` and `cost_usd` of the answer.
     """
 
     configuration: ConfigurationView
@@ -39,6 +40,8 @@ class DecisionView(msgspec.Struct, frozen=True):
     policy: str
     decided_by: str
     second_choice: bool
+    predicted_delay_s: float
+    predicted_cost_usd: float
 
 
 class RealDelay(msgspec.Struct, frozen=True):
@@ -80,6 +83,17 @@ class CostView(msgspec.Struct, frozen=True):
     total: float
 
 
+class ObservedView(msgspec.Struct, frozen=True):
+    """What the environment's figures follow from: the bytes that were sent on, the work that was ahead at the decided
+
+    node when the request came there (H of Eq. 5), and whether its variant had to be loaded for it.
+    """
+
+    adapted_mb: float
+    waiting_tflop: float
+    new_instance: bool
+
+
 class EdgeAnswer(msgspec.Struct, frozen=True):
     """Everything beside the detections or tracks themselves. `emulated`: whether capacities of the graph were."""
 
@@ -90,6 +104,7 @@ class EdgeAnswer(msgspec.Struct, frozen=True):
     delay_s: DelayView
     cost_usd: CostView
     expected_accuracy: float
+    observed: ObservedView
     emulated: bool
 
 
@@ -165,6 +180,7 @@ def edge_answer(answered: EdgeAnswered, outcome: Outcome, account: Account, tota
             total=account.routing_usd + account.memory_usd + account.compute_usd,
         ),
         expected_accuracy=account.accuracy,
+        observed=ObservedView(reply.adapted_mb, reply.waiting_tflop, reply.new_instance),
         emulated=net.edge.emulate.uplink or net.edge.emulate.links or net.edge.emulate.compute == "table",
     )
     told = msgspec.json.encode(story)
@@ -183,4 +199,6 @@ def _decision(net: Net, service: str, choice: Choice) -> DecisionView:
         policy=choice.policy,
         decided_by=choice.by,
         second_choice=choice.second,
+        predicted_delay_s=placement.access_s + placement.transmission_s + placement.compute_s,
+        predicted_cost_usd=placement.cost_usd,
     )

@@ -197,6 +197,7 @@ def test_an_image_is_placed_sent_and_answered_with_its_story(tmp_path: Path) -> 
             assert 1.5 < asked.budget_s < 2.0
             table = here.gateway.edge_view.net.network.tables[0]  # type: ignore[union-attr]
             decision = told["decision"]
+            predicted_s, predicted_usd = (decision.pop(f"predicted_{one}") for one in ("delay_s", "cost_usd"))
             assert decision == {
                 "configuration": {
                     "name": table.configurations[asked.configuration],
@@ -213,6 +214,7 @@ def test_an_image_is_placed_sent_and_answered_with_its_story(tmp_path: Path) -> 
             assert (told["request_id"], told["service"], told["outcome"]) == ("mine", "detection", "OK")
             assert told["expected_accuracy"] == table.accuracy[asked.configuration, asked.variant]
             assert told["emulated"] is True
+            assert told["observed"] == {"adapted_mb": 0.5, "waiting_tflop": 0.0, "new_instance": True}
             delay = told["delay_s"]
             assert delay["total"] == pytest.approx(0.1 + 0.05 + 0.02 + 0.2)
             assert 0.005 <= delay["real"]["window"] < delay["real"]["total"]
@@ -224,6 +226,16 @@ def test_an_image_is_placed_sent_and_answered_with_its_story(tmp_path: Path) -> 
             tflops = 1.0 + asked.node
             assert cost["compute"] == pytest.approx(0.0003 * table.tflop[asked.variant] / tflops + per_mb * 0.5)
             assert cost["total"] == pytest.approx(cost["routing"] + cost["memory"] + cost["compute"])
+            # What was foreseen, by Eqs. 3 to 6 and 8 to 11 for the body's size: all nodes idle, nothing loaded.
+            megabits = 8 * len(BODY) / 1e6 * table.size_factor[asked.configuration]
+            graph = here.gateway.edge_view.net.network.graph  # type: ignore[union-attr]
+            work = table.inferences[asked.configuration] * table.tflop[asked.variant]
+            access_s, links_s = megabits / graph.uplink_mbps[1], hops * megabits / graph.bandwidth_mbps[asked.node // 2]
+            assert predicted_s == pytest.approx(access_s + links_s + work / tflops)
+            billed = 0.0003 * table.tflop[asked.variant] / tflops + per_mb * (
+                megabits / 8 + table.memory_mb[asked.variant]
+            )
+            assert predicted_usd == pytest.approx(megabits * 0.002 * hops + billed)
 
     run(body)
 
