@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from policies.placement.actors import PRETRAINED, ArtifactError
-from policies.placement.contract import PlacementPolicy
+from policies.placement.actors import PRETRAINED
+from policies.placement.contract import ArtifactError, PlacementPolicy
 from policies.placement.edge_network import EdgeNetwork, PlacementError
 from policies.placement.evaluate import ALL, LEARNED, RULES, Optima, build_policy, evaluate_policy, evaluation_slots
 from policies.placement.graph import GraphError, named_graph

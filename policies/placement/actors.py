@@ -6,7 +6,8 @@ and training record). Three ways to use one:
 - sequential (`hisper-sequential`): a live controller is central, so each agent sees the nodes' state updated by the
   agents before it;
 - guided or not, as trained: a guided actor's log-probabilities are added, with a weight, to the agent's own formula
-  values of the actions (what `heuristic` maximises) instead of deciding alone.
+  values of the actions (what `heuristic` maximises) instead of deciding alone. With learned prices in the artifact
+  (`prices.py`), a value is the formula's less what the agent has to expect of the others.
 Unless trained `plain`, actions that the formulas rule out for the agent's own request are masked.
 """
 
@@ -21,16 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from policies.placement.contract import ABSENT, REJECT, FloatArray, IntArray, Slots
+from policies.placement.contract import ABSENT, REJECT, ArtifactError, FloatArray, IntArray, Slots
 from policies.placement.edge_network import EdgeNetwork, NodeState, Options
 from policies.placement.observation import Layout, observe
+from policies.placement.prices import Prices
 
 Float32Array = NDArray[np.float32]
 PRETRAINED = Path(__file__).parents[1] / "pretrained"
-
-
-class ArtifactError(ValueError):
-    """An artifact does not fit what it is loaded for; the message names both sides."""
+PRICES = "prices."  # what the names of an artifact's price tables begin with
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Artifact:
     services: tuple[str, ...]
     settings: dict[str, Any]
     record: dict[str, Any]
+    prices: Prices | None = None
 
     @property
     def shared(self) -> bool:
@@ -98,6 +98,7 @@ def load_artifact(path: Path, network: EdgeNetwork) -> Artifact:
     actions = (network.configurations, network.variants, network.nodes)
     if tuple(shape["actions"]) != actions:
         raise ArtifactError(f"{path}: trained for {shape['actions']} sub-actions, this network has {list(actions)}")
+    tables = {name[len(PRICES) :]: stored.pop(name) for name in list(stored) if name.startswith(PRICES)}
     return Artifact(
         weights={name: array.astype(np.float32) for name, array in stored.items()},
         actions=actions,
@@ -109,6 +110,7 @@ def load_artifact(path: Path, network: EdgeNetwork) -> Artifact:
         services=services,
         settings=text["settings"],
         record=text["record"],
+        prices=Prices(**{name: table.astype(np.float64) for name, table in tables.items()}) if tables else None,
     )
 
 
@@ -175,7 +177,7 @@ class LearnedPolicy:
         placements = np.full((*slots.service.shape, 3), REJECT, dtype=np.int64)
         state = self.network.start(slots)
         if not self.sequential and not (slots.service != slots.service[:1]).any():
-            options = [self._options(state, slots, u) for u in range(slots.requests)]
+            options = [self._options(state, slots, u, int(actors[0, u])) for u in range(slots.requests)]
             observations = [
                 observe(self.network, self.artifact.layout, state, slots, u, options[u]) for u in range(slots.requests)
             ]
@@ -192,7 +194,7 @@ class LearnedPolicy:
             for service, actor, rows in _groups(slots.service[:, u], actors[:, u]):
                 part = slots.take(rows)
                 here = NodeState(state.waiting_tflop[rows], state.memory_used_mb[rows], state.deployed[rows])
-                options_here = self._options(here, part, u)
+                options_here = self._options(here, part, u, actor)
                 seen = observe(self.network, self.artifact.layout, here, part, u, options_here).astype(np.float32)
                 masks = [mask[service : service + 1] for mask in self.masks]
                 found = log_probabilities(self.artifact, slice(actor, actor + 1), seen[None], masks)
@@ -217,11 +219,12 @@ class LearnedPolicy:
             )
         return np.where(service == ABSENT, 0, service * self.per_service + rank)
 
-    def _options(self, state: NodeState, slots: Slots, u: int) -> Options | None:
-        """The actions of request u, where features or masks need them."""
-        if self.masked or self.artifact.layout.name == "derived":
-            return self.network.options(state, slots, u)
-        return None
+    def _options(self, state: NodeState, slots: Slots, u: int, agent: int) -> Options | None:
+        """The actions of request u, where features or masks need them, at the agent's prices if it has any."""
+        if not self.masked and self.artifact.layout.name != "derived":
+            return None
+        options, prices = self.network.options(state, slots, u), self.artifact.prices
+        return options if prices is None else prices.less(self.network, slots, u, options, agent)
 
     def _choose(self, options: Options | None, log_probs: list[Float32Array], rng: np.random.Generator) -> IntArray:
         """(E, 3) for a request from its three distributions (E, size)."""

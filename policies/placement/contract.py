@@ -21,6 +21,10 @@ REJECT = -1
 ABSENT = -1
 
 
+class ArtifactError(ValueError):
+    """An artifact does not fit what it is loaded for; the message names both sides."""
+
+
 @dataclass(frozen=True, slots=True)
 class Slots:
     """E slots of up to U requests on K nodes. Arrays are never written to by a policy."""

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from policies.placement.actors import PRETRAINED, ArtifactError, LearnedPolicy, load_artifact
-from policies.placement.contract import FloatArray, PlacementPolicy, Slots
+from policies.placement.actors import PRETRAINED, LearnedPolicy, load_artifact
+from policies.placement.contract import ArtifactError, FloatArray, PlacementPolicy, Slots
 from policies.placement.edge_network import EdgeNetwork
 from policies.placement.prices import PricedAgents, load_prices
 from policies.placement.rules import Beam, Convention, Heuristic, RandomRule, Sequential, TwoTier

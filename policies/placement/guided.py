@@ -6,6 +6,7 @@ through a learned critic and the Gumbel-softmax. The actors are HISPER's (Fig. 2
 
 Guided actors (`guide` > 0) score an action by its own formula value plus guide x log-probability: an untrained one
 is the rule `heuristic` (blind) or `sequential`, and what training adds is what an action costs or gains the others.
+With `start=prices` the value is that of `prices.py`, learned first and kept in the artifact, and so is the start.
 The softmax's temperature falls geometrically; serving takes the best score.
 """
 
@@ -19,9 +20,11 @@ from torch import Tensor
 from policies.placement.actors import LearnedPolicy
 from policies.placement.contract import REJECT, FloatArray, IntArray, Slots
 from policies.placement.counterfactual import Later, with_others_answering, with_others_fixed
-from policies.placement.edge_network import EdgeNetwork, Options
+from policies.placement.edge_network import EdgeNetwork, NodeState, Options
 from policies.placement.networks import ActorShape, Parameters, actor_log_probs, actor_parameters
 from policies.placement.observation import Layout, observe
+from policies.placement.price_training import price_settings
+from policies.placement.prices import Prices, learn_prices
 from policies.placement.rules import Convention
 from policies.placement.speed import Speed
 from policies.placement.training import Run, Settings, action_masks, actor_shape, artifact_of, save_artifact, score
@@ -52,6 +55,9 @@ class GuidedTrainer:
                 tensor.zero_()  # an untrained guided actor is exactly the rule that it starts from
         if settings.start == "convention":
             self._start_from_convention()
+        if settings.start == "prices" and (settings.shared or settings.sequential or not settings.guide > 0):
+            raise ValueError("start=prices needs blind guided actors of their own (shared=false, guide above 0)")
+        self.prices: Prices | None = None
         for tensor in self.actors.values():
             tensor.requires_grad_(True)
         self.masks = cast(tuple[Tensor, Tensor, Tensor], action_masks(self.network, self.services, "cpu"))
@@ -74,6 +80,8 @@ class GuidedTrainer:
             step, saved = run.load_checkpoint(self.rng)
             self._restore(saved)
         run.open(step)
+        if settings.start == "prices":
+            self.prices = learn_prices(self.network, settings.load(), price_settings(settings), settings.seed)
         held_out = draw_slots(self.network, settings.load(), settings.evaluation_slots, np.random.default_rng(10_000))
         best, best_actors, speed = -np.inf, self._snapshot(), Speed(run.elapsed_s(), step, 0, step)
         updates = 0
@@ -91,7 +99,7 @@ class GuidedTrainer:
                 self.update(run.share(step))
                 step, updates = step + settings.minibatch, updates + 1
         record = {"steps": step, "processor_s": run.elapsed_s(), "held_out_reward_per_slot": best}
-        save_artifact(run.folder / "actors", settings, self.shape, best_actors, record)
+        save_artifact(run.folder / "actors", settings, self.shape, best_actors, record, self.prices)
         return best_actors
 
     def update(self, share: float) -> float:
@@ -111,19 +119,24 @@ class GuidedTrainer:
         """Agents that see the state before the slot; the others' sampled actions are fixed for each one's value."""
         state = self.network.start(slots)
         columns = range(slots.requests)
-        observation = np.stack([observe(self.network, self.layout, state, slots, u) for u in columns])
+        seen = [self._options(state, slots, u) for u in columns]
+        observation = np.stack([observe(self.network, self.layout, state, slots, u, seen[u]) for u in columns])
         log_probs = self._log_probs(torch.as_tensor(observation, dtype=torch.float32))
         policies, placements = [], np.empty((*slots.service.shape, 3), dtype=np.int64)
         for u in columns:
-            options = self.network.options(state, slots, u)
-            policy = self._joint(options, [p[u] for p in log_probs], temperature)
-            placements[:, u] = self._draw(policy, options)
+            policy = self._joint(seen[u], [p[u] for p in log_probs], temperature)
+            placements[:, u] = self._draw(policy, seen[u])
             policies.append(policy)
         loss = torch.zeros(())
         for u in columns:
             values = with_others_fixed(self.network, slots, placements, u)
             loss = loss + self._loss(policies[u], values, alpha)
         return loss, float(self.network.evaluate(slots, placements).reward.mean())
+
+    def _options(self, state: NodeState, slots: Slots, u: int) -> Options:
+        """What `LearnedPolicy` looks at when it serves."""
+        options = self.network.options(state, slots, u)
+        return options if self.prices is None else self.prices.less(self.network, slots, u, options, u)
 
     def _sequential(self, slots: Slots, temperature: float, alpha: float) -> tuple[Tensor, float]:
         """Agents that see what was placed before; later ones answer with their best remaining node."""
@@ -189,7 +202,7 @@ class GuidedTrainer:
         return loss
 
     def _policy(self) -> LearnedPolicy:
-        artifact = artifact_of(self.settings, self.network, self.shape, self.actors)
+        artifact = artifact_of(self.settings, self.network, self.shape, self.actors, self.prices)
         return LearnedPolicy(self.settings.algorithm, self.network, artifact, self.settings.sequential)
 
     def _snapshot(self) -> Parameters:

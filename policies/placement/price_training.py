@@ -10,6 +10,13 @@ from policies.placement.training import Run, Settings, score
 from policies.placement.workload import draw_slots
 
 
+def price_settings(settings: Settings) -> PriceSettings:
+    """How a run learns prices: from nothing while it cools, or from `convention`'s split, which is settled."""
+    soft = not settings.start
+    temperature = PriceSettings.temperature if soft else 0.0
+    return PriceSettings(settings.price_slots, settings.price_rounds, temperature=temperature, convention=not soft)
+
+
 def train_prices(settings: Settings, folder: Path, resume: bool = False) -> Prices:
     """Learn and write `folder`/actors.{safetensors,json} and curve.jsonl. A round counts as `price_slots` steps."""
     if resume:
@@ -18,13 +25,6 @@ def train_prices(settings: Settings, folder: Path, resume: bool = False) -> Pric
         raise ValueError(f"start is {settings.start!r}; prices start from convention or nothing")
     settings = replace(settings, steps=settings.price_rounds * settings.price_slots)
     network, run = settings.network(), Run(settings, folder)
-    settled = settings.start == "convention"
-    how = PriceSettings(
-        settings.price_slots,
-        settings.price_rounds,
-        temperature=0.0 if settled else PriceSettings.temperature,
-        convention=settled,
-    )
     held_out = draw_slots(network, settings.load(), settings.evaluation_slots, np.random.default_rng(10_000))
     figures: dict[str, float] = {}
 
@@ -33,7 +33,7 @@ def train_prices(settings: Settings, folder: Path, resume: bool = False) -> Pric
         run.report((round_ + 1) * settings.price_slots, figures)
 
     run.open(0)
-    prices = learn_prices(network, settings.load(), how, settings.seed, report)
+    prices = learn_prices(network, settings.load(), price_settings(settings), settings.seed, report)
     record = {"steps": settings.steps, "processor_s": run.elapsed_s(), **figures}
     save_prices(folder / "actors", prices, network, {"settings": asdict(settings), "record": record})
     return prices

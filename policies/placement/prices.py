@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from policies.placement.actors import ArtifactError
-from policies.placement.contract import REJECT, FloatArray, IntArray, Slots
+from policies.placement.contract import REJECT, ArtifactError, FloatArray, IntArray, Slots
 from policies.placement.edge_network import ACCEPTED, EdgeNetwork, Options
 from policies.placement.rules import BLOCK, Convention
 from policies.placement.workload import Load, draw_slots
@@ -43,8 +42,14 @@ class Prices:
     crowded: FloatArray  # (U, MEGABYTES, K) own loss with that much memory to spare
     crowding: FloatArray  # (U, MEGABYTES, K) later requests' loss if that much memory is taken
 
-    def of(self, network: EdgeNetwork, slots: Slots, u: int, options: Options) -> FloatArray:
-        """(E, C, M, K) what request u's agent has to expect on top of the formula values."""
+    def less(self, network: EdgeNetwork, slots: Slots, u: int, options: Options, agent: int) -> Options:
+        """Request u's options with the agent's prices taken off their values."""
+        price = self.of(network, slots, u, options, agent)
+        return Options(options.value - price, options.delay_s, options.feasible)
+
+    def of(self, network: EdgeNetwork, slots: Slots, u: int, options: Options, agent: int | None = None) -> FloatArray:
+        """(E, C, M, K) what request u's agent (by default the u-th) has to expect on top of the formula values."""
+        agent = u if agent is None else agent
         s = np.maximum(slots.service[:, u], 0)
         node = np.arange(network.nodes)
         level = np.searchsorted(self.edges, slots.system_tflop)[:, None, None, :]
@@ -55,8 +60,8 @@ class Prices:
         free_mb = network.graph.memory_mb - slots.memory_used_mb
         spare_mb = free_mb[:, None, None, :] - need_mb[..., None]
         spare, need = _below(MEGABYTES, spare_mb), _above(MEGABYTES, need_mb)[..., None]
-        price: FloatArray = self.waiting[u][level, slack, node] + self.delaying[u][level, work, node]
-        price += self.crowded[u][spare, node] + self.crowding[u][need, node]
+        price: FloatArray = self.waiting[agent][level, slack, node] + self.delaying[agent][level, work, node]
+        price += self.crowded[agent][spare, node] + self.crowding[agent][need, node]
         return price
 
 

@@ -16,12 +16,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from policies.placement.actors import Artifact
+from policies.placement.actors import PRICES, Artifact
 from policies.placement.contract import ABSENT, IntArray, PlacementPolicy, Slots
 from policies.placement.edge_network import EdgeNetwork
 from policies.placement.graph import named_graph
 from policies.placement.networks import ActorShape, Parameters
 from policies.placement.observation import Layout
+from policies.placement.prices import Prices
 from policies.placement.tables import shipped_tables
 from policies.placement.workload import Load
 
@@ -74,7 +75,7 @@ class Settings:
     sampled: bool = False  # draw actions also when serving, instead of taking the likeliest
     sequential: bool = False  # agents see the nodes' state updated by those before them
     guide: float = 0.0  # weight of the log-probabilities beside the formula values; 0: they decide alone
-    start: str = ""  # `convention`: guided actors and prices begin as that rule
+    start: str = ""  # `convention`: guided actors and prices begin as that rule; `prices`: guided actors as those
     price_rounds: int = 8
     price_slots: int = 3_000
     temperature: float = 0.1  # of the guided softmax while training, at the start
@@ -215,13 +216,21 @@ class Run:
 
 
 def save_artifact(
-    path: Path, settings: Settings, shape: ActorShape, actors: Parameters, record: Mapping[str, Any]
+    path: Path,
+    settings: Settings,
+    shape: ActorShape,
+    actors: Parameters,
+    record: Mapping[str, Any],
+    prices: Prices | None = None,
 ) -> None:
-    """Write `path`.safetensors (actors) and `path`.json (shape, layout, settings, training record)."""
+    """Write `path`.safetensors (actors, prices) and `path`.json (shape, layout, settings, training record)."""
     network = settings.network()
     layout = Layout(settings.layout, network.nodes, len(network.tables))
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().contiguous() for k, v in actors.items()}, path.with_suffix(".safetensors"))
+    tensors = {k: v.detach().cpu().contiguous() for k, v in actors.items()}
+    if prices is not None:
+        tensors |= {PRICES + k: torch.as_tensor(v, dtype=torch.float32) for k, v in asdict(prices).items()}
+    save_file(tensors, path.with_suffix(".safetensors"))
     text = {
         "shape": asdict(shape),
         "layout": {"name": layout.name, "hash": layout.hash},
@@ -232,7 +241,9 @@ def save_artifact(
     path.with_suffix(".json").write_text(json.dumps(text, indent=1) + "\n")
 
 
-def artifact_of(settings: Settings, network: EdgeNetwork, shape: ActorShape, actors: Parameters) -> Artifact:
+def artifact_of(
+    settings: Settings, network: EdgeNetwork, shape: ActorShape, actors: Parameters, prices: Prices | None = None
+) -> Artifact:
     """The actors as they would be loaded from an artifact, for evaluation while training."""
     return Artifact(
         weights={k: v.detach().cpu().numpy() for k, v in actors.items()},
@@ -245,6 +256,7 @@ def artifact_of(settings: Settings, network: EdgeNetwork, shape: ActorShape, act
         services=tuple(t.name for t in network.tables),
         settings=asdict(settings),
         record={},
+        prices=prices,
     )
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies.placement.actors import ArtifactError
-from policies.placement.contract import join
+from policies.placement.contract import ArtifactError, join
 from policies.placement.edge_network import EdgeNetwork
 from policies.placement.evaluate import ALL, RULES, Optima, build_policy, evaluate_policy, evaluation_slots, slot_key
 from policies.placement.graph import eua16

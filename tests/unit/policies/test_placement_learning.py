@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from policies.placement.actors import ArtifactError, LearnedPolicy, load_artifact, log_probabilities
-from policies.placement.contract import REJECT
+from policies.placement.actors import LearnedPolicy, load_artifact, log_probabilities
+from policies.placement.contract import REJECT, ArtifactError
 from policies.placement.counterfactual import Later, with_others_answering, with_others_fixed
 from policies.placement.edge_network import ACCEPTED, EdgeNetwork
 from policies.placement.graph import eua16
@@ -20,6 +20,8 @@ from policies.placement.hasac import hasac_settings
 from policies.placement.hisper import SoftLearner
 from policies.placement.networks import actor_log_probs, actor_parameters, critic_state, critic_values, straight_through
 from policies.placement.observation import Layout, critic_requests, node_features, observe, observe_all
+from policies.placement.price_training import price_settings
+from policies.placement.prices import PricedAgents, learn_prices
 from policies.placement.replay import Replay
 from policies.placement.reward_scale import RewardScale
 from policies.placement.rules import Convention, Heuristic, RandomRule, Sequential
@@ -216,6 +218,19 @@ def test_an_untrained_guided_actor_is_the_rule_that_it_starts_from() -> None:
     assert same.mean() > 0.97  # another agent's node is taken only where it is worth far more
 
 
+def test_a_guided_run_from_prices_keeps_them_and_begins_as_they_decide(tmp_path: Path) -> None:
+    settings = replace(GUIDED, start="prices", price_slots=100, price_rounds=1, steps=1, minibatch=1, actor_lr=1e-9)
+    train(settings, tmp_path)
+    policy = LearnedPolicy("x", NETWORK, load_artifact(tmp_path / "actors", NETWORK), sequential=False)
+    slots = draw_slots(NETWORK, settings.load(), 40, np.random.default_rng(3))
+    learned = learn_prices(NETWORK, settings.load(), price_settings(settings))
+    expected = PricedAgents(NETWORK, learned).decide(slots, np.random.default_rng(0))
+    assert (policy.decide(slots, np.random.default_rng(0)) == expected).mean() > 0.99  # tables in single precision
+    assert not (expected == Heuristic(NETWORK).decide(slots, np.random.default_rng(0))).all()
+    with pytest.raises(ValueError, match="blind guided actors"):
+        GuidedTrainer(replace(settings, sequential=True))
+
+
 @pytest.mark.slow
 def test_guided_training_improves_on_its_start() -> None:
     settings = replace(GUIDED, minibatch=64, actor_lr=1e-3, per_service=3, temperature=0.02, temperature_end=0.02)
@@ -379,6 +394,7 @@ def test_presets_and_overrides() -> None:
     paper = preset("hisper-paper")
     assert (paper.alpha, paper.environments, paper.prefill, paper.steps) == (2.0, 20, 90_000, 600_000)
     assert (paper.actor_lr, paper.critic_lr) == (2e-4, 5e-4)
+    assert replace(paper, preset="paper") == preset("paper")
     assert preset("hisper-paper-10").alpha == 2.5
     assert {s.algorithm for s in PRESETS.values()} == {"hisper", "hasac", "happo", "guided", "prices"}
     assert with_overrides(paper, {"hra": "false", "steps": "10"}) == replace(paper, hra=False, steps=10)

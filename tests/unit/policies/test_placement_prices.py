@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies.placement.actors import ArtifactError
+from policies.placement.contract import ArtifactError
 from policies.placement.counterfactual import with_others_fixed
 from policies.placement.edge_network import EdgeNetwork
 from policies.placement.evaluate import build_policy
