@@ -22,6 +22,7 @@ from policies.routing.estimation import (
     depart,
     learn_margin,
     learn_service,
+    learn_spent,
     learn_tail,
     new_margin,
 )
@@ -332,8 +333,9 @@ class ServiceRouter:
             self.length[target.index] = max(0, self.length[target.index] - 1)
 
     def learn(self, predicted_s: float, observed_s: float, budget_s: float) -> None:
-        """Feeds one outcome of the `deadline` rule back into its margin."""
+        """Feeds one outcome of the `deadline` rule back into what it has learned."""
         learn_margin(predicted_s, observed_s, budget_s, self.margin)
+        learn_spent(observed_s, budget_s, self.margin)
 
     def substituted(self, now_s: float) -> str:
         """Why the configured router is not in force and `deadline` routes instead; empty if it is in force."""

@@ -6,8 +6,8 @@ run the same lines. Arrays are those of `rules.py`.
 
 from policies.routing.contract import Indexable
 
-MARGIN_STATE = 3
-"""Length of the array that a decider learns in: [margin, promise, tail]."""
+MARGIN_STATE = 4
+"""Length of the array that a decider learns in: [margin, promise, tail, spent]."""
 
 FIRST_MARGIN = 0.8
 """Where the margin starts at most: with an idle instance of the heaviest variant in reach, if it takes up to 0.64 of
@@ -27,6 +27,10 @@ Whatever the service times, an answer takes some time on its way: the least leav
 SERVICE_RATE = 0.02
 """How fast deciders learn mean service times: half forgotten within 34 observations. At 0.05 those that vary as much
 as exponential ones seem a third too long at times, and their instances too slow."""
+SPENT_PART = 0.75
+"""What of the promise is for use: with so many violations so far, the tail alone decides."""
+SPENT_RATE = 1e-4
+"""How fast violations so far are forgotten: half within 6,900 requests, so that bursts and calm count together."""
 TAIL_STEP = 0.03
 """By how much a service time beyond the tail raises it."""
 
@@ -37,7 +41,7 @@ def new_margin(promise: float = 0.02, heavy_share: float = 1.0) -> list[float]:
     heavy_share: the longest service time over the requirement. The margin starts low, but not so low that an idle
     instance of the heaviest variant would be out of its reach; unknown (1.0) is taken as long.
     """
-    return [min(FIRST_MARGIN, max(CAUTIOUS_MARGIN, 1.25 * heavy_share)), promise, FIRST_TAIL]
+    return [min(FIRST_MARGIN, max(CAUTIOUS_MARGIN, 1.25 * heavy_share)), promise, FIRST_TAIL, 1.0]
 
 
 def arrive(now_s: float, i: int, length: Indexable, clear_s: Indexable, service_s: Indexable) -> None:
@@ -151,3 +155,13 @@ def learn_tail(observed_s: float, expected_s: float, margin: Indexable) -> None:
         margin[2] *= 1.0 - TAIL_STEP * margin[1] / (1.0 - margin[1])
         if margin[2] < LEAST_TAIL:
             margin[2] = LEAST_TAIL
+
+
+def learn_spent(observed_s: float, budget_s: float, margin: Indexable) -> None:
+    """Adjust margin[3]: violations so far, over SPENT_PART of what the promise allows.
+
+    observed_s: the sojourn of one request, infinity if it was refused or dropped; budget_s: what it had.
+    """
+    margin[3] -= SPENT_RATE * margin[3]
+    if observed_s > budget_s:
+        margin[3] += SPENT_RATE / (SPENT_PART * margin[1])

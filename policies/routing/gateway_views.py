@@ -65,6 +65,7 @@ _depart_batched = jit(estimation.depart_batched)
 _learn_service = jit(estimation.learn_service)
 _learn_margin = jit(estimation.learn_margin)
 _learn_tail = jit(estimation.learn_tail)
+_learn_spent = jit(estimation.learn_spent)
 _learned_request = jit(per_request.learned_request)
 _note_arrival = jit(per_request.note_arrival)
 _learn_spread = jit(per_request.learn_spread)
@@ -149,6 +150,7 @@ def _believe(
         sojourn_s = now_s - f[i, RING + k] if answered < served else np.inf
         if p.learn_trust:
             _learn_margin(f[i, RING + places + k], sojourn_s, p.requirement_s, s.trust[e, g])
+            _learn_spent(sojourn_s, p.requirement_s, s.trust[e, g])
         if p.batching:
             _told(p, y.kind, q, f, s, e, g, i, now_s)
         else:
@@ -296,6 +298,9 @@ def run_rule_in(y: System, s: State, e: int, rule: int, until_s: float) -> None:
             single_s = f[i, OWN_SERVICE_S]
             limits[1, int(kind[i, RANK])] = _limit(p, kind, limits, i, single_s, q[i, LENGTH] + 1, trust[0])
         if not admit(p, kind, grid_s, random, q, f, x, limits, count, i, now_s, now_s, tag, ident, foreseen_s):
+            if p.learn_trust:
+                _learn_margin(foreseen_s, np.inf, p.requirement_s, trust)
+                _learn_spent(np.inf, p.requirement_s, trust)
             if p.batching:
                 _told(p, kind, q, f, s, e, g, i, now_s)
             else:

@@ -29,15 +29,15 @@ PAST = OUT + HIDDEN
 OUT_BIAS = PAST + FEATURES
 """Where each part of the weights begins."""
 
-RATE_PER_S, LAST_S, SQUARED_CV = 3, 4, 5
-"""Places in a decider's state, [margin, promise, tail, ...]: the first three as in `estimation.py`."""
+RATE_PER_S, LAST_S, SQUARED_CV = 4, 5, 6
+"""Places in a decider's state, [margin, promise, tail, spent, ...]: the first four as in `estimation.py`."""
 RATE_SPAN_S = 0.5
 """Arrivals are counted with weights that fall by 1/e in this time."""
 
 
 def new_state(margin: float, promise: float) -> list[float]:
     """A fresh state, to be given to the rule in place of the margin."""
-    return [margin, promise, FIRST_TAIL, 0.0, 0.0, 0.0]
+    return [margin, promise, FIRST_TAIL, 1.0, 0.0, 0.0, 0.0]
 
 
 def note_arrival(now_s: float, state: Indexable) -> None:

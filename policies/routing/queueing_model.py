@@ -234,7 +234,7 @@ class State(NamedTuple):
     view_clear_s: FloatArray  # [E, G, n]
     view_service_s: FloatArray  # [E, G, n]
     view_batch: FloatArray  # [E, G, 2, n], batching only: what one more request adds, and how many are in service
-    trust: FloatArray  # [E, G, MARGIN_STATE], or six for the learned rule (`per_request.py`)
+    trust: FloatArray  # [E, G, MARGIN_STATE], or seven for the learned rule (`per_request.py`)
     central: IntArray  # [E, Q, 2] tag and number of the requests in the central queue
     central_s: FloatArray  # [E, Q] their arrival times
     log: FloatArray  # [N, 2] instance (-1: lost) and finish time per request, or empty

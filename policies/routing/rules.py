@@ -14,6 +14,7 @@ with, per instance i of n:
 and what is learned of how far to trust forecasts (`estimation.py`):
     margin[0]    in (0, 1]: a predicted sojourn has to be at most margin[0] * budget_s
     margin[2]    the tail: hardly any service takes longer than margin[2] times what is expected
+    margin[3]    violations so far, over what they may be
 draw is uniform in [0, 1).
 """
 
@@ -23,6 +24,9 @@ from policies.routing.estimation import LEAST_TAIL
 TRIES = 16
 """How fast `deadline` loses patience with an idle instance that is k times too slow for the tail: it tries it for
 k ** -TRIES of the requests; 22% at 1.1, 3% at 1.25, none at 2."""
+
+SPARE = 1.25
+"""How much further than the tail says `deadline` may go at most while the promise is hardly used."""
 
 IDLE_SHARE = 0.25
 """A batch of at most this share of the budget is safe whatever the margin: even if its time were exponentially
@@ -198,6 +202,8 @@ def deadline(
     The margin is about how far to trust the forecast of a queue. An idle instance has none: it may also be used
     when margin[2] times its service time fits the budget, whatever the margin has become. One that is too slow for
     that is tried now and then (TRIES): what is never used would never be known better, and stay locked out.
+    The less of the promise is used so far, the more of such risk is taken (SPARE); the other way round it would only
+    take heavy instances out of bursts that need them.
     An instance that should be done but still holds requests is not idle, though its forecast says so.
     Among instances of one variant the soonest finish wins; instances with a free place come before full ones.
     The search starts at a drawn instance, so that gateways with the same stale view do not all pick the same tie.
@@ -216,6 +222,10 @@ def deadline(
     heavy = 0
     limit_s = now_s + margin[0] * budget_s
     reach_s = budget_s / margin[2]
+    if margin[3] * SPARE < 1.0:
+        reach_s *= SPARE
+    elif margin[3] < 1.0:
+        reach_s /= margin[3]
     luck = draw * n - int(draw * n)
     chosen = REJECT
     chosen_rank = 1 << 30

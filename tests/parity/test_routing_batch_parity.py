@@ -21,7 +21,7 @@ class LiveGateway:
 
     def __init__(self, margin: float) -> None:
         n = len(PAPER_KINDS)
-        self.margin = [margin, 0.02, 4.0]
+        self.margin = [margin, 0.02, 4.0, 1.0]
         self.service_s = [k.service_s for k in PAPER_KINDS]
         self.rank, self.capacity = [k.rank for k in PAPER_KINDS], [k.capacity for k in PAPER_KINDS]
         self.length, self.serving, self.clear_s = [0] * n, [0] * n, [0.0] * n

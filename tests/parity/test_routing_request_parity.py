@@ -36,7 +36,7 @@ def test_numpy_chooses_as_the_plain_code_does(n: int) -> None:
             length = [15] * n
         clear_s = (10.0 + rng.normal(0.0, 0.2, n)).tolist()
         service_s = rng.uniform(0.0, 0.1, n).tolist()
-        state = [rng.random(), 0.02, 4.0, rng.uniform(0.0, 300.0), 9.9, rng.random()]
+        state = [rng.random(), 0.02, 4.0, 1.0, rng.uniform(0.0, 300.0), 9.9, rng.random()]
         given = (10.0, 0.3, rng.random(), length, capacity, clear_s, service_s, rank.tolist(), state)
         chosen = network(*given)
         assert chosen == learned_request(*given, accuracy.tolist(), weights.tolist())

@@ -36,7 +36,7 @@ def live(rule: Any, times: list[float], seed: int) -> list[tuple[int, float]]:
     n = len(PAPER_KINDS)
     service_s = [k.service_s for k in PAPER_KINDS]
     rank, capacity = [k.rank for k in PAPER_KINDS], [k.capacity for k in PAPER_KINDS]
-    length, clear_s, margin = [0] * n, [0.0] * n, [0.7, 0.02, 4.0]
+    length, clear_s, margin = [0] * n, [0.0] * n, [0.7, 0.02, 4.0, 1.0]
     queues: list[list[int]] = [[] for _ in range(n)]
     finish_s = [float("inf")] * n
     central: list[int] = []

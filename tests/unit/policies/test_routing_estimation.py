@@ -9,6 +9,7 @@ from policies.routing.estimation import (
     LAST_TAIL,
     LEAST_TAIL,
     SERVICE_RATE,
+    SPENT_PART,
     TARGET_PART,
     arrive,
     arrive_batched,
@@ -16,6 +17,7 @@ from policies.routing.estimation import (
     depart_batched,
     learn_margin,
     learn_service,
+    learn_spent,
     learn_tail,
     new_margin,
 )
@@ -112,6 +114,18 @@ def test_the_tail_settles_where_the_promise_is_missed(cv: float) -> None:
         if step > 10_000:
             kept.append(margin[2])
     assert np.mean(kept) == pytest.approx(np.quantile(drawn, 0.98), rel=0.05)
+
+
+def test_violations_so_far_are_counted_against_their_share_of_the_promise() -> None:
+    margin = new_margin(0.02)
+    assert margin[3] == 1.0
+    rng = np.random.default_rng(1)
+    for missed in rng.random(60_000) < 0.006:
+        learn_spent(float("inf") if missed else 0.2, 0.3, margin)
+    assert margin[3] == pytest.approx(0.006 / (SPENT_PART * 0.02), rel=0.15)
+    for _ in range(6_931):
+        learn_spent(0.3, 0.3, margin)
+    assert margin[3] == pytest.approx(0.5 * 0.006 / (SPENT_PART * 0.02), rel=0.15)
 
 
 @pytest.mark.parametrize("expected_s", [0.05, 0.5])

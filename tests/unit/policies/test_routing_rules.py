@@ -34,7 +34,7 @@ def ask(rule: Any, **changes: Any) -> int:
         "clear_s": [0.0] * 4,
         "service_s": [HEAVY_S, HEAVY_S, LIGHT_S, LIGHT_S],
         "rank": [0, 0, 1, 1],
-        "margin": [1.0, 0.02, 4.0],
+        "margin": [1.0, 0.02, 4.0, 1.0],
     }
     values.update(changes)
     return int(rule(*values.values()))
@@ -56,7 +56,9 @@ def test_nothing_routable_is_rejected(name: str) -> None:
 def test_never_an_instance_without_places(
     name: str, draw: float, length: list[int], capacity: list[int], busy_s: list[float], margin: float
 ) -> None:
-    chosen = ask(RULES[name], draw=draw, length=length, capacity=capacity, clear_s=busy_s, margin=[margin, 0.02, 4.0])
+    chosen = ask(
+        RULES[name], draw=draw, length=length, capacity=capacity, clear_s=busy_s, margin=[margin, 0.02, 4.0, 1.0]
+    )
     if any(capacity):
         assert chosen == HOLD if chosen < 0 else capacity[chosen] > 0
     else:
@@ -78,7 +80,7 @@ def test_deadline_prefers_heavy_until_its_forecast_misses() -> None:
     busy = [0.2, 0.25, 0.0, 0.0]
     assert ask(deadline, length=[5, 6, 0, 0], clear_s=busy) == 0
     assert ask(deadline, length=[5, 6, 0, 0], clear_s=[0.26, 0.258, 0.0, 0.0]) in (2, 3)
-    assert ask(deadline, length=[5, 6, 0, 0], clear_s=busy, margin=[0.7, 0.02, 4.0]) in (2, 3)
+    assert ask(deadline, length=[5, 6, 0, 0], clear_s=busy, margin=[0.7, 0.02, 4.0, 1.0]) in (2, 3)
 
 
 def test_deadline_without_any_fit_takes_the_soonest_finish() -> None:
@@ -89,7 +91,7 @@ def test_deadline_without_any_fit_takes_the_soonest_finish() -> None:
 
 
 def test_deadline_trusts_an_idle_instance_only_with_room_to_spare() -> None:
-    tight = {"margin": [0.05, 0.02, 4.0], "draw": 0.2}
+    tight = {"margin": [0.05, 0.02, 4.0, 1.0], "draw": 0.2}
     assert ask(deadline, **tight) in (0, 1)
     assert ask(deadline, **tight, service_s=[0.08, 0.08, LIGHT_S, LIGHT_S]) in (2, 3)
     assert ask(deadline, **tight, clear_s=[0.03, 0.03, 0.0, 0.0]) in (0, 1), "its device is busy for a little"
@@ -101,14 +103,28 @@ def test_deadline_trusts_an_idle_instance_only_with_room_to_spare() -> None:
 def test_deadline_tries_an_idle_instance_the_rarer_the_slower_it_is(heavy_s: float, tail: float, share: float) -> None:
     """The share is (0.3 / (tail x heavy_s)) ** 16."""
     times_s = [heavy_s, heavy_s, LIGHT_S, LIGHT_S]
-    chosen = [ask(deadline, draw=u / 4000, margin=[0.05, 0.02, tail], service_s=times_s) for u in range(4000)]
+    chosen = [ask(deadline, draw=u / 4000, margin=[0.05, 0.02, tail, 1.0], service_s=times_s) for u in range(4000)]
     assert sum(one < 2 for one in chosen) / 4000 == pytest.approx(share, abs=0.002)
+
+
+@pytest.mark.parametrize(
+    ("spent", "longest_s"), [(0.0, 0.09375), (0.8, 0.09375), (0.9, 0.0833), (1.0, 0.075), (3.0, 0.075)]
+)
+def test_deadline_reaches_further_while_the_promise_is_hardly_used(spent: float, longest_s: float) -> None:
+    """The tail alone allows 0.3 / 4 s; draws near 0.25 are out of luck."""
+    for heavy_s, fits in ((0.999 * longest_s, True), (1.1 * longest_s, False)):
+        chosen = ask(
+            deadline, draw=0.2499, margin=[0.05, 0.02, 4.0, spent], service_s=[heavy_s, heavy_s, LIGHT_S, LIGHT_S]
+        )
+        assert (chosen < 2) is fits
 
 
 def test_deadline_never_tries_what_hardly_fits_the_budget() -> None:
     """A steady service of 0.27 s fits 0.3 s; but its answer may take some time on its way."""
     times_s = [0.27, 0.27, LIGHT_S, LIGHT_S]
-    assert {ask(deadline, draw=u / 400, margin=[0.05, 0.02, LEAST_TAIL], service_s=times_s) for u in range(400)} == {
+    assert {
+        ask(deadline, draw=u / 400, margin=[0.05, 0.02, LEAST_TAIL, 1.0], service_s=times_s) for u in range(400)
+    } == {
         2,
         3,
     }
