@@ -123,3 +123,15 @@ def test_the_largest_payload_is_accepted() -> None:
     """Exactly at the limit."""
     frame = Frame(Kind.INFER, 1, b"", bytes(1000))
     assert FrameReader(max_payload_bytes=1000).feed(stream_of([frame])) == [frame]
+
+
+def test_large_payloads_come_whole_whatever_the_chunks() -> None:
+    """Beyond what is copied once: bytes of their own, two in a row, cut anywhere."""
+    payloads = [bytes([number]) * 200_000 for number in (1, 2)]
+    stream = b"".join(encode_head(Kind.EDGE_INFER, n, b"m", len(one)) + one for n, one in enumerate(payloads))
+    for chunk in (len(stream), 70_001, 262_144):
+        reader = FrameReader()
+        frames = [frame for at in range(0, len(stream), chunk) for frame in reader.feed(stream[at : at + chunk])]
+        assert [frame.payload for frame in frames] == payloads
+        assert all(type(frame.payload) is bytes for frame in frames)
+        assert reader.pending_bytes == 0
