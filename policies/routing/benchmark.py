@@ -9,6 +9,7 @@ from timeit import timeit
 import numpy as np
 
 from policies.routing.draw import by_alias, by_bisection
+from policies.routing.estimation import new_margin
 from policies.routing.presets import paper_service
 from policies.routing.queueing_model import ARRIVED, build, paper_arrivals
 from policies.routing.rules import deadline
@@ -33,7 +34,7 @@ def measure(seconds: float) -> dict[str, float]:
     for n in SIZES:
         rng = random.Random(n)
         arrays = ([rng.randrange(4) for _ in range(n)], [15] * n, [rng.random() * 0.1 for _ in range(n)], [0.02] * n)
-        rank, margin = [i % 2 for i in range(n)], [0.5]
+        rank, margin = [i % 2 for i in range(n)], new_margin()
         length, capacity, clear_s, service_s = arrays
         found[f"deadline_{n}_ns"] = _nanoseconds(
             lambda le=length, c=capacity, cl=clear_s, s=service_s, r=rank, m=margin: deadline(  # type: ignore[misc]
