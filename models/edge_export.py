@@ -22,6 +22,7 @@ from models.catalog import Accuracy, VariantError
 from models.detection import INPUT, OUTPUTS
 from models.edge_catalog import SUBFOLDER, EdgeVariant, load_edge_catalog, read_edge_variant
 from models.edge_weights import build_faster_rcnn
+from models.tracker_weights import build_qdtrack, build_sort, build_yolox
 
 OPSET = 17
 SIZES = ((224, 320), (288, 192))  # height and width of the images that file and network are compared on
@@ -44,11 +45,20 @@ class BuiltDetector(Protocol):
     def accuracy(self) -> Accuracy:
         """What is known of it with these weights."""
 
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """What its file gives: `OUTPUTS`, and more where there is more per box."""
+
     def in_precision(self, precision: str) -> Any:
         """A module from one image to the outputs; "float32" is the network itself."""
 
 
-BUILDERS: dict[str, Callable[[str, str, int], BuiltDetector]] = dict.fromkeys(ARCHITECTURES, build_faster_rcnn)
+BUILDERS: dict[str, Callable[[str, str, int], BuiltDetector]] = {
+    **dict.fromkeys(ARCHITECTURES, build_faster_rcnn),
+    "bytetrack_yolox_x": build_yolox,
+    "sort_r50_fpn": build_sort,
+    "qdtrack_r50_fpn": build_qdtrack,
+}
 """By variant: from its name, the weights asked for and a seed to a network. Raises `VariantError`."""
 
 Outputs = tuple[npt.NDArray[Any], ...]
@@ -92,7 +102,7 @@ def export_edge(
     file = folder / name / "1" / "model.onnx"
     file.parent.mkdir(parents=True, exist_ok=True)
     on_step("translating it")
-    write_detector(built.in_precision(precision), file)
+    write_detector(built.in_precision(precision), file, outputs=built.outputs)
     on_step("comparing the file with the network")
     agreement = compare(
         built.in_precision("float32"), file, overlap=OVERLAP[precision], score=SCORE_TOLERANCE[precision]
@@ -158,7 +168,7 @@ def compare(served: Any, file: Path, *, overlap: float = 0.99, score: float = 0.
     for height, width in SIZES:
         image = rough_noise(height, width, generator)
         with torch.no_grad():
-            expected = tuple(value.numpy() for value in served(image))
+            expected = tuple(value.numpy() for value in served(image)[: len(OUTPUTS)])
         found = tuple(session.run(list(OUTPUTS), {INPUT: image.numpy()}))
         one = agreement(expected, found, overlap=overlap, score=score)
         compared, agreeing = compared + one.compared, agreeing + one.agreeing

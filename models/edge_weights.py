@@ -17,6 +17,7 @@ from models import checkpoint_names
 from models.architectures import faster_rcnn, torchvision_operators
 from models.catalog import Accuracy, VariantError
 from models.checkpoint_names import CheckpointError, State
+from models.detection import OUTPUTS
 
 PUBLISHED = {
     # variant: (how mmdetection calls the training, COCO val2017 box AP of its file)
@@ -35,6 +36,7 @@ class Built:
     network: faster_rcnn.FasterRcnn
     origin: str
     accuracy: Accuracy
+    outputs: tuple[str, ...] = OUTPUTS
 
     def in_precision(self, precision: str) -> faster_rcnn.OneImage:
         """The network for one image; "float16" gives a copy with its large parts halved."""

@@ -244,7 +244,9 @@ class ServedYolox(nn.Module):
         self.score_threshold, self.overlap, self.most = score_threshold, overlap, most
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        places = decoded(self.network(image))[0]
+        height, width = image.shape[2], image.shape[3]
+        padded = functional.pad(image, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
+        places = decoded(self.network(padded))[0]
         scores, classes = (places[:, 4:5].sigmoid() * places[:, 5:].sigmoid()).max(dim=1)
         kept = torch.where(scores > self.score_threshold)[0]
         boxes, scores, classes = corners(places[kept, :4]), scores[kept], classes[kept]

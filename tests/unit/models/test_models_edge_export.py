@@ -153,7 +153,7 @@ def test_the_seed_draws_the_weights() -> None:
 
 @pytest.mark.usefixtures("narrow")
 def test_a_file_that_differs_from_torch_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(served: Any, file: Path) -> None:
+    def other(served: Any, file: Path, **given: Any) -> None:
         write_detector(OneImage(settled(FPN)), file)
         served.network.backbone.body.conv1.weight.data.mul_(-1)
 
