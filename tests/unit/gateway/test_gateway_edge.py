@@ -646,3 +646,27 @@ def test_views_of_several_processes_add_up(tmp_path: Path) -> None:
     )
     samples = {one.name: one.value for family in families for one in family.samples}
     assert samples == {"tidegate_edge_answers_total": 5.0, "tidegate_edge_node_ready": 0.0}
+
+
+def test_a_large_body_is_read_with_pauses_in_which_others_are_served(tmp_path: Path) -> None:
+    """A full buffer pauses reading for a moment, small pieces do not; whatever is refused meanwhile reads on."""
+
+    async def body() -> None:
+        async with world(tmp_path, answering(NodeStatus("north"))) as here:
+            client = Client(bytes(400_000), {"content-type": "video/mp4"}, "/v1/tracking").connect(here.gateway)
+            head = len(client.request) - 400_000
+            client.send(client.request[: head + 1000])
+            assert client.socket.reading
+            client.send(client.request[head + 1000 : head + 200_000])
+            assert not client.socket.reading
+            await until(lambda: client.socket.reading)
+            client.send(client.request[head + 200_000 :])
+            told = await here.answer(client)
+            assert told["outcome"] == "OK"
+            assert here["north"].asked[0][1] == bytes(400_000)
+            gone = Client(bytes(400_000), {"content-type": "video/mp4"}, "/v1/tracking").connect(here.gateway)
+            gone.send(gone.request[:300_000])
+            gone.leave()
+            await asyncio.sleep(0.005)  # the pause ends on a connection that has ended
+
+    run(body)
