@@ -10,6 +10,7 @@ from tidegate import (
     bench_commands,
     demo_command,
     doctor_command,
+    edge_commands,
     models_commands,
     placement_commands,
     post_command,
@@ -32,6 +33,10 @@ EXTRAS = {
     "sklearn": "demo",
     "onnxruntime": "cpu",
     "openvino": "openvino",
+    "av": "edge",
+    "pycocotools": "edge",
+    "trackeval": "edge",
+    "trackers": "edge",
 }
 
 
@@ -95,6 +100,7 @@ app.add_typer(bench_commands.app, name="bench")
 app.add_typer(routing_commands.app, name="routing")
 app.add_typer(workload_commands.app, name="workload")
 app.add_typer(placement_commands.app, name="placement")
+app.add_typer(edge_commands.app, name="edge")
 
 if __name__ == "__main__":
     app()

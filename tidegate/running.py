@@ -158,11 +158,11 @@ class RunningGateway:
 
         await self._until(idle, f"{service} did not become idle")
 
-    async def _until(self, condition: Any, otherwise: str) -> None:
-        ends_s = time.monotonic() + PATIENCE_S
+    async def _until(self, condition: Any, otherwise: str, patience_s: float = PATIENCE_S) -> None:
+        ends_s = time.monotonic() + patience_s
         while not await condition():
             if time.monotonic() > ends_s:
-                raise GatewayError(f"{otherwise} within {PATIENCE_S:g} s: see {self.url}/state and the workers' logs")
+                raise GatewayError(f"{otherwise} within {patience_s:g} s: see {self.url}/state and the workers' logs")
             await asyncio.sleep(0.05)
 
     async def replay(
