@@ -94,15 +94,15 @@ def test_what_hisper_sequential_learned_beats_the_rule_that_it_starts_from(per_s
     assert rewards[1] > rewards[0]
 
 
-@pytest.mark.parametrize("per_service", [4, 5])
-def test_what_blind_agents_learned_beats_the_convention_that_they_started_from(per_service: int) -> None:
+@pytest.mark.parametrize(("name", "per_service"), [("prices", 4), ("prices", 5), ("hisper", 4)])
+def test_what_blind_agents_learned_beats_the_convention_that_they_started_from(name: str, per_service: int) -> None:
     load = Load(per_service=per_service)
     slots = evaluation_slots(NETWORK, load, 200, 2)[1]
     outcomes = [
-        NETWORK.evaluate(slots, build_policy(name, NETWORK, load).decide(slots, np.random.default_rng(0)))
-        for name in ("convention", "prices")
+        NETWORK.evaluate(slots, build_policy(one, NETWORK, load).decide(slots, np.random.default_rng(0)))
+        for one in ("convention", name)
     ]
-    assert outcomes[1].reward.mean() > outcomes[0].reward.mean()
+    assert outcomes[1].reward.mean() > outcomes[0].reward.mean() + 0.02  # by learning, not by chance
     assert (~outcomes[1].accepted).mean() < 0.005
 
 
