@@ -153,7 +153,7 @@ def _table(asked: Asked, figures: "ServiceFigures", source: str) -> str:
 
     what = "mAP" if figures.service == "detection" else "MOTA"
     date = datetime.datetime.now(tz=datetime.UTC).date()
-    given = f" --data {asked.data.name}" if asked.data else ""
+    given = (f" --data {asked.data.name}" if asked.data else "") + (f" --limit {asked.most}" if asked.most else "")
     notes = [
         f"{figures.service.capitalize()}, measured ({what}, bytes, times) on {source}: {figures.requests} requests.",
         f"Written by `tidegate models profile --service {figures.service}{given}` on {date}, {platform.machine()},",
