@@ -32,8 +32,8 @@ def compare(
     policies: Annotated[str, typer.Option(help=f"Comma-separated: {', '.join(POLICIES)}, or a trained one's path.")] = (
         DEFAULT_POLICIES
     ),
-    requests: Annotated[int, typer.Option(help="How many each policy gets, images and clips together.")] = 48,
-    seed: Annotated[int, typer.Option(help="Same seed, same requests.")] = 0,
+    requests: Annotated[int, typer.Option(min=1, help="How many each policy gets, images and clips together.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same requests.")] = 0,
     every_s: Annotated[float, typer.Option(help="Seconds from one window's worth of requests to the next.")] = 2.0,
     rehearse: Annotated[
         int, typer.Option(min=0, help="Requests before each policy's run that do not count: nodes load variants.")
