@@ -17,7 +17,7 @@ from models.datasets.coco import write_coco
 from models.datasets.mot import write_sequence
 from models.datasets.scenes import LABELS, plan_scene, render
 from models.detection import Detections
-from models.edge_catalog import EdgeVariant, edge_variant_from
+from models.edge_catalog import EdgeVariant, edge_variant_from, load_edge_catalog
 from models.edge_items import Clip, Still, coco_stills, mot_clips, scene_clips, scene_stills
 from models.edge_profile import (
     detection_settings,
@@ -27,7 +27,7 @@ from models.edge_profile import (
     tracking_settings,
 )
 from models.edge_scores import ClipTruth, StillTruth
-from policies.placement.tables import parse_table
+from policies.placement.tables import TABLES_DIRECTORY, parse_table, read_table
 
 
 def variant(name: str, tracker: str = "") -> EdgeVariant:
@@ -193,3 +193,22 @@ def test_rendered_and_written_scenes_are_the_same_items(tmp_path: Path) -> None:
     (one,) = list(coco)
     assert np.allclose(one.truth.boxes, scene.truth[0].boxes, atol=0.02)
     assert one.truth.crowd.tolist() == (scene.truth[0].visibility < 0.25).tolist()
+
+
+@pytest.mark.parametrize(("service", "varied"), [("detection", "jpeg_quality"), ("tracking", "frame_rate")])
+def test_the_shipped_tables_of_the_scenes_are_wholly_measured(service: str, varied: str) -> None:
+    """Sixteen configurations of variants that are in the catalog with their figures; less data, less accuracy."""
+    table = read_table(TABLES_DIRECTORY / f"scenes-{service}.toml")
+    assert len(table.configurations) == 16
+    assert all(set(given) == {"resolution", varied} for given in table.settings)
+    assert {source for row in table.accuracy_source for source in row} | set(table.size_factor_source) == {"measured"}
+    catalog = load_edge_catalog()
+    for name, memory_mb, tflop in zip(table.variants, table.memory_mb, table.tflop, strict=True):
+        variant = catalog[name]
+        assert (variant.service, variant.weights) == (service, "trained")
+        assert memory_mb == pytest.approx(variant.memory_mb, abs=0.01)
+        assert tflop == pytest.approx(variant.tflop, rel=1e-5)
+    assert (table.accuracy[0] > 0.6).all()
+    assert (table.accuracy[0] > 1.4 * table.accuracy[-1]).all()
+    assert table.size_factor[0] == 1.0
+    assert table.size_factor[-1] < 0.15
