@@ -11,6 +11,7 @@ import pytest
 from loadgen.figures import burst_spans
 from loadgen.traces import parse_workload
 from protocol import deployment
+from protocol.edge_records import EdgeLinkSpec, EdgeNodeSpec, EdgeServiceSpec, EdgeSpec, Emulation
 from protocol.records import InstanceSpec, ServiceSpec, WorkerSpec
 
 ROOT = Path(__file__).parents[3]
@@ -19,6 +20,11 @@ TABLES: dict[str, type[msgspec.Struct]] = {
     "`[services.NAME]`": ServiceSpec,
     "`[[workers]]`": WorkerSpec,
     "`instances = [{ ... }]` of a worker": InstanceSpec,
+    "`[edge]`": EdgeSpec,
+    "`[edge.services.NAME]`": EdgeServiceSpec,
+    "`[[edge.nodes]]`": EdgeNodeSpec,
+    "`[[edge.links]]`": EdgeLinkSpec,
+    "`[edge.emulate]`": Emulation,
     "`[gateway]`": deployment.GatewaySettings,
     "`[scheduler]`": deployment.SchedulerSettings,
 }
@@ -34,6 +40,8 @@ def documented(title: str) -> dict[str, str]:
 def default_of(field: msgspec.structs.FieldInfo) -> str:
     if field.required:
         return "needed"
+    if field.default_factory is not msgspec.NODEFAULT:
+        return f"`{json.dumps(field.default_factory())}`"
     if field.default is None:
         return "none"
     if isinstance(field.default, msgspec.Struct):
