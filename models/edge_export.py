@@ -21,7 +21,7 @@ from models.architectures.faster_rcnn import ARCHITECTURES, rough_noise
 from models.catalog import Accuracy, VariantError
 from models.detection import INPUT, OUTPUTS
 from models.edge_catalog import SUBFOLDER, EdgeVariant, load_edge_catalog, read_edge_variant
-from models.edge_weights import build_faster_rcnn
+from models.edge_weights import build_faster_rcnn, input_spread
 from models.tracker_weights import build_qdtrack, build_sort, build_yolox
 
 OPSET = 17
@@ -105,7 +105,11 @@ def export_edge(
     write_detector(built.in_precision(precision), file, outputs=built.outputs)
     on_step("comparing the file with the network")
     agreement = compare(
-        built.in_precision("float32"), file, overlap=OVERLAP[precision], score=SCORE_TOLERANCE[precision]
+        built.in_precision("float32"),
+        file,
+        spread=input_spread(variant),
+        overlap=OVERLAP[precision],
+        score=SCORE_TOLERANCE[precision],
     )
     if agreement.share < LEAST_AGREEING[precision]:
         file.unlink()
@@ -155,8 +159,8 @@ def write_detector(
         )
 
 
-def compare(served: Any, file: Path, *, overlap: float = 0.99, score: float = 0.01) -> Agreement:
-    """Network and file on `rough_noise` of several sizes; see `agreement`."""
+def compare(served: Any, file: Path, *, spread: float = 1.0, overlap: float = 0.99, score: float = 0.01) -> Agreement:
+    """Network and file on `rough_noise` times `spread`, of several sizes; see `agreement`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -166,7 +170,7 @@ def compare(served: Any, file: Path, *, overlap: float = 0.99, score: float = 0.
     generator = torch.Generator().manual_seed(1)
     compared = agreeing = 0
     for height, width in SIZES:
-        image = rough_noise(height, width, generator)
+        image = spread * rough_noise(height, width, generator)
         with torch.no_grad():
             expected = tuple(value.numpy() for value in served(image)[: len(OUTPUTS)])
         found = tuple(session.run(list(OUTPUTS), {INPUT: image.numpy()}))

@@ -18,6 +18,7 @@ from models.architectures import faster_rcnn, torchvision_operators
 from models.catalog import Accuracy, VariantError
 from models.checkpoint_names import CheckpointError, State
 from models.detection import OUTPUTS
+from models.edge_catalog import EdgeVariant, load_edge_catalog
 
 PUBLISHED = {
     # variant: (how mmdetection calls the training, COCO val2017 box AP of its file)
@@ -61,7 +62,7 @@ def build_faster_rcnn(name: str, weights: str, seed: int = 0) -> Built:
     if weights == "random":
         torch.manual_seed(seed)
         network = faster_rcnn.build(architecture)
-        faster_rcnn.settle(network)
+        faster_rcnn.settle(network, spread=input_spread(load_edge_catalog()[name]))
         return Built(network, "RANDOM: answers mean nothing", Accuracy())
     if weights == "timm":
         raise VariantError("export", "weights", weights, "timm has no detectors: torchvision, random or a file's path")
@@ -81,6 +82,11 @@ def build_faster_rcnn(name: str, weights: str, seed: int = 0) -> Built:
     except CheckpointError as error:
         raise VariantError("export", "weights", weights, str(error)) from error
     return Built(network, origin, accuracy)
+
+
+def input_spread(variant: EdgeVariant) -> float:
+    """Standard deviation of the network's input where a photograph's is the usual 58 levels."""
+    return 58.0 * len(variant.std) / sum(variant.std)
 
 
 def read_state(file: Path) -> State:

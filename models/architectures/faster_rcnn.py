@@ -93,8 +93,10 @@ class OneImage(nn.Module):
         padded = functional.pad(image, (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR))
         features = self.network.backbone(padded)
         sizes = [(height, width)]
-        proposals, _ = self.network.rpn(ImageList(padded, sizes), features)
-        (found,), _ = self.network.roi_heads(features, proposals, sizes)
+        (proposals,), _ = self.network.rpn(ImageList(padded, sizes), features)
+        # A box without area yields none, and keeps the graph's shapes whole where there is no proposal at all.
+        proposals = functional.pad(proposals, (0, 0, 0, 1))
+        (found,), _ = self.network.roi_heads(features, [proposals], sizes)
         return found["boxes"], found["scores"], found["labels"] - 1
 
 
@@ -252,13 +254,13 @@ def residual_network(architecture: Architecture, conventions: Conventions) -> An
 
 
 @torch.no_grad()
-def settle(network: FasterRcnn, *, height: int = 192, width: int = 256) -> None:
-    """Make a network of random weights behave like a trained one in size, on `rough_noise`.
+def settle(network: FasterRcnn, *, spread: float = 1.0, height: int = 192, width: int = 256) -> None:
+    """Make a network of random weights behave like a trained one in size, on `rough_noise` times `spread`.
 
     Its normalisation is fitted, so that values neither fade nor overflow, and the four predictors are scaled until
     their outputs spread: scores are distinct and many pass the threshold. Its answers still mean nothing.
     """
-    image = rough_noise(height, width, torch.Generator().manual_seed(0))
+    image = spread * rough_noise(height, width, torch.Generator().manual_seed(0))
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = None  # average over all batches seen
@@ -271,12 +273,12 @@ def settle(network: FasterRcnn, *, height: int = 192, width: int = 256) -> None:
     for norm in norms:
         norm.eval()
     head, last = network.rpn.head, network.roi_heads.box_predictor
-    for layer, spread in ((head.cls_logits, 2.0), (head.bbox_pred, 0.2), (last.cls_score, 3.0), (last.bbox_pred, 1.0)):
+    for layer, wanted in ((head.cls_logits, 2.0), (head.bbox_pred, 0.2), (last.cls_score, 3.0), (last.bbox_pred, 1.0)):
         seen: list[Tensor] = []
         hook = layer.register_forward_hook(lambda module, given, output, seen=seen: seen.append(output.flatten()))
         run(image)
         hook.remove()
-        layer.weight.mul_(spread / torch.cat(seen).std().clamp(min=1e-6))
+        layer.weight.mul_(wanted / torch.cat(seen).std().clamp(min=1e-6))
     network.rpn._post_nms_top_n = kept
 
 

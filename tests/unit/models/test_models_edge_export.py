@@ -86,6 +86,25 @@ def test_the_file_equals_torch_at_every_size(tmp_path: Path, architecture: Archi
     assert seen > 40
 
 
+@pytest.mark.parametrize("architecture", [FPN, pytest.param(C4, marks=pytest.mark.slow)], ids=["fpn", "c4"])
+def test_a_network_that_proposes_or_finds_nothing_gives_nothing(tmp_path: Path, architecture: Architecture) -> None:
+    import onnxruntime
+
+    image = rough_noise(64, 96, torch.Generator().manual_seed(0))
+    for case in ("no proposals", "no boxes"):
+        network = settled(architecture)
+        if case == "no proposals":
+            network.rpn.head.bbox_pred.bias.data.fill_(1e6)  # every box moved out of the image
+        else:
+            network.roi_heads.box_predictor.cls_score.bias.data[0] = 1e4  # all background
+        served = OneImage(network)
+        write_detector(served, tmp_path / "m.onnx", example=(64, 96))
+        session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
+        with torch.no_grad():
+            assert [len(value) for value in served(image)] == [0, 0, 0]
+        assert [len(value) for value in session.run(None, {"image": image.numpy()})] == [0, 0, 0]
+
+
 @pytest.mark.usefixtures("narrow")
 def test_an_export_is_served_by_its_own_entry(tmp_path: Path) -> None:
     steps: list[str] = []

@@ -194,16 +194,17 @@ def test_the_c4_head_in_parts_equals_the_whole() -> None:
         assert head(features, [boxes[:0]], [(192, 256)]).shape == (0, 2048)
 
 
-def test_a_settled_network_answers_with_distinct_scores() -> None:
+@pytest.mark.parametrize("spread", [1.0, 58.0])
+def test_a_settled_network_answers_with_distinct_scores(spread: float) -> None:
     torch.manual_seed(0)
     network = build(NARROW, proposals=100)
-    image = rough_noise(200, 300, torch.Generator().manual_seed(2))
+    image = spread * rough_noise(200, 300, torch.Generator().manual_seed(2))
 
     def outputs() -> Any:
         with torch.no_grad():
             return OneImage(network)(image)
 
-    settle(network)
+    settle(network, spread=spread)
     boxes, scores, _ = outputs()
     assert len(boxes) > 20
     assert len(set(scores.tolist())) == len(scores)
