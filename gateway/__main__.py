@@ -46,6 +46,7 @@ async def serve(config: GatewayConfig) -> None:
         gateway = GuardedConnection.gateway = Gateway(config, board)
         async with gateway.fleet, gateway.edge_view, gateway.exposition:
             await gateway.fleet.settle(FIRST_LOOK_S)
+            await gateway.edge_view.settle(FIRST_LOOK_S)
             server = DrainingServer(
                 uvicorn.Config(
                     TidegateApp(gateway),

@@ -22,6 +22,7 @@ import msgspec
 from gateway.edge_decide import Decider
 from gateway.edge_overhead import Overhead
 from gateway.edge_request import Choice, EdgeAnswered, EdgeEnd, EdgeRequest, Net, OnEdgeEnd
+from gateway.edge_sizes import Sizes
 from gateway.edge_view import EdgeView
 from gateway.request import AnswerTimeout, Refused
 from protocol import edge_records
@@ -104,6 +105,7 @@ class EdgeDispatcher:
         self._deciding: set[asyncio.Task[None]] = set()
         self._under_way: set[EdgeRequest] = set()
         self._overhead = Overhead()
+        self._sizes = Sizes()
         self._shunned: dict[str, float] = {}  # until when, by node
         self._windows: Counter[str] = Counter()
         self._decided: Counter[str] = Counter()
@@ -188,7 +190,7 @@ class EdgeDispatcher:
                 self._over(request, Refused(Outcome.UNAVAILABLE, "no edge node is up"))
             else:
                 left_s -= self._overhead.allowance_s(now_s, left_s)
-                asked.append(edge_records.EdgeRequest(request.service, entry, left_s, request.data_mb))
+                asked.append(edge_records.EdgeRequest(request.service, entry, left_s, self._data_mb(request)))
                 entries.append(entry)
                 waiting.append(request)
         if not asked:
@@ -267,6 +269,8 @@ class EdgeDispatcher:
             placed = choice.placement
             predicted_s = placed.access_s + placed.transmission_s + placed.compute_s
             self._overhead.learn(now_s, now_s - sent.sent_s - predicted_s)
+            factor = float(net.network.size_factor[net.service_of[request.service], placed.configuration])
+            self._sizes.learn(request.service, request.content_type, request.data_mb, reply.adapted_mb, factor)
             self._over(request, EdgeAnswered(request, choice, reply, answer.payload))
             return
         refused = Refused(Outcome.UNAVAILABLE, reply.reason or attempt.name)
@@ -307,11 +311,14 @@ class EdgeDispatcher:
             return None
         closed = {**self._closed(net, [entry], now_s), avoid: "failed this request"}
         left_s -= self._overhead.allowance_s(now_s, left_s)
-        asked = edge_records.EdgeRequest(request.service, entry, left_s, request.data_mb)
+        asked = edge_records.EdgeRequest(request.service, entry, left_s, self._data_mb(request))
         placement = self._decider.decide_second(net, asked, closed)
         if placement.node < 0:
             return None
         return Choice(placement, entry, net.alone.name, "gateway", second=True)
+
+    def _data_mb(self, request: EdgeRequest) -> float:
+        return self._sizes.data_mb(request.service, request.content_type, request.data_mb)
 
     def counts(self) -> EdgeCounts:
         """Counts since start."""

@@ -74,6 +74,17 @@ class EdgeView:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
+    async def settle(self, patience_s: float) -> None:
+        """As `Fleet.settle`: returns once network and nodes that the board knows have been seen, or after that time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience_s):
+                while self._wanted is not None and not self.fault and not self._seen():  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+
+    def _seen(self) -> bool:
+        links = self.links
+        return self.net is not None and links.looked and links.records.keys() <= links.heard_of.keys()
+
     # what others ask
 
     def live(self, net: Net) -> list[int]:

@@ -50,6 +50,7 @@ class NodeLinks:
         """`wants(node)`: whether a link to it is wanted; asked at each reading of the board."""
         self.records: dict[str, NodeRecord] = {}
         self.heard_of: dict[str, Heard] = {}
+        self.looked = False  # the board has been read
         self._board = board
         self._on_change = on_change
         self._wants = wants
@@ -151,6 +152,7 @@ class NodeLinks:
             if self._peers[address].in_flight == 0:
                 del self._peers[address]
                 self._tasks.pop(address).cancel()
+        self.looked = True
         if before != set(self.records):
             self._on_change()
 

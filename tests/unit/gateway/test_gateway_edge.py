@@ -136,9 +136,8 @@ async def world(
             one.board.node_records.append(one[name].record)
         one.gateway.edge_view.configure(spec or edge_spec())
         async with one.gateway.edge_view as view:
-            await until(lambda: view.net is not None or bool(view.fault))
-            if view.net is not None:
-                await until(lambda: len(view.links.known(asyncio.get_running_loop().time(), 5.0)) == len(up))
+            await view.settle(10.0)
+            assert view.fault or len(view.links.known(asyncio.get_running_loop().time(), 5.0)) == len(up)
             yield one
             assert one.gateway.statistics().in_flight == 0
             tally(one.gateway)
