@@ -1,6 +1,7 @@
 """Tracking networks with weights: a public checkpoint's, or drawn; for `models/edge_export.py`.
 
-    bytetrack_yolox_x   ByteTrack's own files (Megvii's names: backbone.backbone..., head...), one class
+    bytetrack_yolox_x   ByteTrack's own files (Megvii's names: backbone.backbone..., head...), or mmtracking's
+                        (backbone.stage1..., neck..., bbox_head...), one class
     sort_r50_fpn        mmdetection's names, as mmtracking's detectors for MOT17, one class
     qdtrack_r50_fpn     the same with an embedding head: mmtracking's (track_head.embed_head...) or the authors' own
                         (roi_head.track_head...)
@@ -32,6 +33,27 @@ _RANDOM = "random"
 _HEADS = ("track_head.embed_head.", "roi_head.track_head.", "track_head.")
 
 
+_MM_YOLOX = (
+    ("backbone.stem.", "backbone.backbone.stem."),
+    *((f"backbone.stage{stage}.", f"backbone.backbone.dark{stage + 1}.") for stage in (1, 2, 3, 4)),
+    ("neck.reduce_layers.0.", "backbone.lateral_conv0."),
+    ("neck.reduce_layers.1.", "backbone.reduce_conv1."),
+    ("neck.top_down_blocks.0.", "backbone.C3_p4."),
+    ("neck.top_down_blocks.1.", "backbone.C3_p3."),
+    ("neck.downsamples.0.", "backbone.bu_conv2."),
+    ("neck.downsamples.1.", "backbone.bu_conv1."),
+    ("neck.bottom_up_blocks.0.", "backbone.C3_n3."),
+    ("neck.bottom_up_blocks.1.", "backbone.C3_n4."),
+    ("neck.out_convs.", "head.stems."),
+    ("bbox_head.multi_level_cls_convs.", "head.cls_convs."),
+    ("bbox_head.multi_level_reg_convs.", "head.reg_convs."),
+    ("bbox_head.multi_level_conv_cls.", "head.cls_preds."),
+    ("bbox_head.multi_level_conv_reg.", "head.reg_preds."),
+    ("bbox_head.multi_level_conv_obj.", "head.obj_preds."),
+)
+_MM_BLOCKS = ((".main_conv.", ".conv1."), (".short_conv.", ".conv2."), (".final_conv.", ".conv3."), (".blocks.", ".m."))
+
+
 class Served(Protocol):
     """Makes a network serve one image."""
 
@@ -59,7 +81,7 @@ def build_yolox(name: str, weights: str, seed: int = 0, *, size: str = "yolox_x"
     """ByteTrack's YOLOX with the weights of a file, or drawn ("random"). Raises `VariantError`."""
     torch.manual_seed(seed)
     network = yolox.yolox(size, PEDESTRIANS).eval()
-    origin = _load(network, name, weights, lambda state: state)
+    origin = _load(network, name, weights, yolox_names)
     if weights == _RANDOM:
         settle_yolox(network)
     return BuiltTracker(network, origin, lambda chosen: yolox.ServedYolox(chosen, 0.01, OVERLAP))
@@ -85,6 +107,26 @@ def build_qdtrack(name: str, weights: str, seed: int = 0, *, architecture: Archi
     if weights == _RANDOM:
         faster_rcnn.settle(network.detector)
     return BuiltTracker(network, origin, qdtrack.ServedQdtrack, (*OUTPUTS, EMBEDDINGS))
+
+
+def yolox_names(state: State) -> dict[str, Tensor]:
+    """A YOLOX checkpoint under the names of `architectures/yolox.py`. Raises `CheckpointError`.
+
+    mmdetection keeps the head's first convolutions with the pyramid and calls the halves of a block otherwise.
+    """
+    state = _detector_of(state)
+    if not any(name.startswith("bbox_head.") for name in state):
+        return state
+    result: dict[str, Tensor] = {}
+    for name, value in state.items():
+        found = next((one for one in _MM_YOLOX if name.startswith(one[0])), None)
+        if found is None:
+            raise CheckpointError(f"has a weight {name} that mmdetection's YOLOX has not")
+        ours = found[1] + name.removeprefix(found[0])
+        for theirs, here in _MM_BLOCKS:
+            ours = ours.replace(theirs, here)
+        result[ours] = value
+    return result
 
 
 def qdtrack_names(state: State) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from models import tracker_weights  # noqa: E402
 from models.architectures import faster_rcnn, yolox  # noqa: E402
 from models.architectures.faster_rcnn import Architecture, rough_noise  # noqa: E402
 from models.catalog import VariantError  # noqa: E402
+from models.checkpoint_names import CheckpointError  # noqa: E402
 from models.edge_catalog import load_edge_catalog  # noqa: E402
 from models.edge_export import compare, export_edge, write_detector  # noqa: E402
 
@@ -109,6 +110,66 @@ def test_bytetracks_file_loads_and_another_size_does_not(tmp_path: Path) -> None
         tracker_weights.build_yolox("bytetrack_yolox_x", str(tmp_path / "bytetrack.pth.tar"), size="yolox_tiny")
     with pytest.raises(VariantError, match="--weights PATH"):
         tracker_weights.build_yolox("bytetrack_yolox_x", "torchvision", size="yolox_nano")
+
+
+def mm_yolox_shapes(depth: float, width: float) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of mmdetection's YOLOX with one class, written out from its configuration."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def base(name: str, inputs: int, outputs: int, side: int) -> None:
+        shapes[f"{name}.conv.weight"] = (outputs, inputs, side, side)
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.bn.{kind}"] = (outputs,)
+        shapes[f"{name}.bn.num_batches_tracked"] = ()
+
+    def csp(name: str, inputs: int, outputs: int, blocks: int) -> None:
+        half = outputs // 2
+        base(f"{name}.main_conv", inputs, half, 1)
+        base(f"{name}.short_conv", inputs, half, 1)
+        base(f"{name}.final_conv", 2 * half, outputs, 1)
+        for block in range(blocks):
+            base(f"{name}.blocks.{block}.conv1", half, half, 1)
+            base(f"{name}.blocks.{block}.conv2", half, half, 3)
+
+    channels = [int(c * width) for c in (64, 128, 256, 512, 1024)]
+    blocks = [max(round(b * depth), 1) for b in (3, 9, 9, 3)]
+    base("backbone.stem.conv", 12, channels[0], 3)
+    for stage in (1, 2, 3, 4):
+        base(f"backbone.stage{stage}.0", channels[stage - 1], channels[stage], 3)
+        csp(f"backbone.stage{stage}.{2 if stage == 4 else 1}", channels[stage], channels[stage], blocks[stage - 1])
+    base("backbone.stage4.1.conv1", channels[4], channels[4] // 2, 1)
+    base("backbone.stage4.1.conv2", 2 * channels[4], channels[4], 1)
+    low, middle, high = channels[2:]
+    hidden, inner = int(256 * width), round(3 * depth)
+    base("neck.reduce_layers.0", high, middle, 1)
+    base("neck.reduce_layers.1", middle, low, 1)
+    csp("neck.top_down_blocks.0", 2 * middle, middle, inner)
+    csp("neck.top_down_blocks.1", 2 * low, low, inner)
+    base("neck.downsamples.0", low, low, 3)
+    base("neck.downsamples.1", middle, middle, 3)
+    csp("neck.bottom_up_blocks.0", 2 * low, middle, inner)
+    csp("neck.bottom_up_blocks.1", 2 * middle, high, inner)
+    for level, inputs in enumerate((low, middle, high)):
+        base(f"neck.out_convs.{level}", inputs, hidden, 1)
+        for kind in ("cls", "reg"):
+            for layer in (0, 1):
+                base(f"bbox_head.multi_level_{kind}_convs.{level}.{layer}", hidden, hidden, 3)
+        for kind, outputs in (("cls", 1), ("reg", 4), ("obj", 1)):
+            shapes[f"bbox_head.multi_level_conv_{kind}.{level}.weight"] = (outputs, hidden, 1, 1)
+            shapes[f"bbox_head.multi_level_conv_{kind}.{level}.bias"] = (outputs,)
+    return shapes
+
+
+@pytest.mark.parametrize(("name", "depth", "width"), [("yolox_x", 1.33, 1.25), ("yolox_tiny", 0.33, 0.375)])
+def test_mmtrackings_yolox_fits_name_for_name(name: str, depth: float, width: float) -> None:
+    with torch.device("meta"):
+        state = {f"detector.{key}": torch.empty(shape) for key, shape in mm_yolox_shapes(depth, width).items()}
+        ours = yolox.yolox(name, 1).state_dict()
+    converted = tracker_weights.yolox_names(state)
+    assert {key: tuple(value.shape) for key, value in converted.items()} == {k: tuple(v.shape) for k, v in ours.items()}
+    assert tracker_weights.yolox_names(ours).keys() == ours.keys()
+    with pytest.raises(CheckpointError, match=r"backbone\.other"):
+        tracker_weights.yolox_names(state | {"backbone.other.weight": torch.empty(1)})
 
 
 def test_a_random_yolox_file_equals_torch_box_for_box(tmp_path: Path) -> None:
