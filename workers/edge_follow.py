@@ -103,10 +103,10 @@ async def drain(node: EdgeNode, drain_s: float, notice_s: float, cut_off: Callab
     node.refusing = True
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(drain_s):
-            await node.emptied()
-    if node.held:
-        log.warning("not drained in time", extra={"node": node.name, "left": node.held})
+            await node.books.emptied()
+    if node.books.held:
+        log.warning("not drained in time", extra={"node": node.name, "left": node.books.held})
         node.cut_off = True
         cut_off()
-        await node.emptied()
+        await node.books.emptied()
     await node.variants.close()

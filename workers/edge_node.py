@@ -5,15 +5,13 @@
                                                            └─► decided elsewhere: emulated link, EDGE_RUN ─► its REPLY
 
 Every request ends once: it is counted where it was executed or refused, and handed back by the nodes on its way.
-State: the view (what the deployment makes of this node), its queue and links, the books.
+State: the view (what the deployment makes of this node), its queue and links, the books (`edge_books.py`).
 """
 
 import asyncio
-import contextlib
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Final
+from collections.abc import Awaitable, Callable
 
 import msgspec
 
@@ -22,6 +20,7 @@ from protocol.edge_records import EdgeInfer, EdgeReply, EdgeRun, NodeRecord, Nod
 from protocol.outcomes import Attempt
 from protocol.peer import Peer
 from workers.device import Clock, Device
+from workers.edge_books import Books
 from workers.edge_journey import Body, Ended, Journey, Refused
 from workers.edge_links import EdgeLinks
 from workers.edge_prepare import prepare_request
@@ -30,9 +29,6 @@ from workers.edge_variants import EdgeVariants, OpenVariant, VariantStatistics
 from workers.edge_view import NodeView, Task, Unknown
 from workers.instance import Site
 from workers.preparing import Preparer
-
-MOST_BYTES: Final = 256 << 20
-"""Of bodies and adapted data in a node's hands. Beyond it they are refused: QUEUE_FULL."""
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +82,7 @@ class EdgeNode:
         self.peer_of: Callable[[str], Peer | None] = lambda name: None
         self.on_change: Callable[[], None] = lambda: None
         self.beside_s: Callable[[float], float] = lambda now_s: 0.0  # what else the device has to do: instances
+        self.books = Books()
         self.variants = EdgeVariants(clock, device, open_variant, self._changed)
         self._device = device
         self._preparer = preparer
@@ -94,14 +91,6 @@ class EdgeNode:
         self._here: _Here | None = None
         self._name = ""
         self._fault = "the deployment makes this worker no edge node"
-        self._bytes = 0
-        self._entered = 0
-        self._passing = 0
-        self._handed_on = 0
-        self._length = 0
-        self._counts = [0] * len(Attempt)
-        self._empty = asyncio.Event()
-        self._empty.set()
 
     # the deployment
 
@@ -138,13 +127,14 @@ class EdgeNode:
 
     async def run(self, run: EdgeRun, body: Body) -> Ended:
         """A neighbour passed a request on. Never raises but when cancelled."""
-        journey = Journey(self.clock.now_s(), run.budget_s, run.spent, run.adapted_mb)
+        # The size is that of the bytes that came: what a frame says of itself could spoil clocks and ledgers for good.
+        journey = Journey(self.clock.now_s(), run.budget_s, run.spent, len(body) / 1e6)
         return await self._counted(journey, lambda: self._pass(journey, run, body))
 
     async def _enter(self, journey: Journey, asked: EdgeInfer, body: Body) -> Ended:
         here, task = self._task(asked)
         try:
-            with self._holding(len(body)):
+            with self.books.holding(len(body)):
                 async with asyncio.timeout(journey.left_s(self.clock.now_s())):
                     ready = await prepare_request(
                         self._preparer, body, asked.content_type, task.configuration, self._limits
@@ -169,7 +159,7 @@ class EdgeNode:
         )
         small = Body(adapted.payload)
         del ready, adapted
-        with self._holding(len(small)):
+        with self.books.holding(len(small)):
             await here.links.access(journey)
             return await self._onward(here, task, journey, run, small)
 
@@ -177,31 +167,15 @@ class EdgeNode:
         here, task = self._task(run)
         if not (math.isfinite(run.scale) and run.scale > 0.0 and run.width > 0 and run.height > 0):
             raise Refused(Attempt.INVALID, f"scale {run.scale} of {run.width} x {run.height} pixels makes no sense")
-        with self._holding(len(body)):
+        with self.books.holding(len(body)):
             return await self._onward(here, task, journey, run, body)
 
     async def _onward(self, here: _Here, task: Task, journey: Journey, run: EdgeRun, body: Body) -> Ended:
         if run.node != here.view.index:
             return await here.links.forward(journey, run, body, self.peer_of)
-        self._passing -= 1
-        self._length += 1
-        try:
+        with self.books.placed():
             attempt, answer = await here.queue.serve(journey, task, run, body)
-        finally:
-            self._length -= 1
-            self._passing += 1
         return self._ended(journey, attempt, answer=answer)
-
-    @contextlib.contextmanager
-    def _holding(self, size: int) -> Iterator[None]:
-        """Bytes are in this node's hands. Raises `Refused` if they are too many."""
-        if self._bytes + size > MOST_BYTES:
-            raise Refused(Attempt.QUEUE_FULL, f"node {self._name} holds {self._bytes >> 20} MiB of data already")
-        self._bytes += size
-        try:
-            yield
-        finally:
-            self._bytes -= size
 
     def _task(self, asked: EdgeInfer | EdgeRun) -> tuple[_Here, Task]:
         if self._here is None:
@@ -217,9 +191,7 @@ class EdgeNode:
 
     async def _counted(self, journey: Journey, way: Callable[[], Awaitable[Ended]]) -> Ended:
         """The end of a request's way, entered in the books exactly once."""
-        self._entered += 1
-        self._passing += 1
-        self._empty.clear()
+        self.books.enter()
         attempt = Attempt.FAILED
         try:
             ended = await way()
@@ -235,13 +207,7 @@ class EdgeNode:
             attempt = Attempt.FAILED
             ended = self._ended(journey, attempt, f"node {self._name} failed: {error!r}"[:500])
         finally:
-            self._passing -= 1
-            if journey.passed_on:
-                self._handed_on += 1
-            else:
-                self._counts[attempt] += 1
-            if not self.held:
-                self._empty.set()
+            self.books.end(attempt, elsewhere=journey.passed_on)
         return ended
 
     def _ended(
@@ -272,15 +238,6 @@ class EdgeNode:
         """Which node this is; empty if it is none."""
         return self._name
 
-    @property
-    def held(self) -> int:
-        """Requests in this node's hands."""
-        return self._passing + self._length
-
-    async def emptied(self) -> None:
-        """Returns once no request is in this node's hands."""
-        await self._empty.wait()
-
     def backlog_s(self, now_s: float) -> float:
         """Predicted time until the device has computed what is here."""
         return self._here.queue.line.backlog_s(now_s) if self._here is not None else 0.0
@@ -291,7 +248,7 @@ class EdgeNode:
         return NodeStatus(
             node=self._name,
             epoch=self._epoch,
-            length=self._length,
+            length=self.books.length,
             waiting_tflop=self._here.queue.line.waiting_tflop(self.clock.now_s()) if self._here is not None else 0.0,
             memory_used_mb=variants.memory_used_mb,
             deployed=variants.deployed,
@@ -299,8 +256,8 @@ class EdgeNode:
             loads=variants.loads,
             evictions=variants.evictions,
             draining=self.draining,
-            arrived=self._entered - self._handed_on - self._passing,
-            counts=tuple(self._counts),
+            arrived=self.books.arrived,
+            counts=tuple(self.books.counts),
             idle=variants.idle,
         )
 
@@ -328,9 +285,9 @@ class EdgeNode:
         return NodeStatistics(
             status=self.status(),
             variants=self.variants.statistics(),
-            entered=self._entered,
-            passing=self._passing,
-            handed_on=self._handed_on,
+            entered=self.books.entered,
+            passing=self.books.passing,
+            handed_on=self.books.handed_on,
             uplink_s=links.uplink.busy_s if links is not None else 0.0,
             links_s={neighbours[k].name: link.busy_s for k, link in links.to.items()} if links is not None else {},
         )

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import math
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
@@ -229,5 +230,12 @@ class World:
             books = node.statistics()
             assert books.entered == books.passing + books.handed_on + books.status.arrived, name
             assert books.status.arrived == sum(books.status.counts) + books.status.length, name
-            assert node.held == books.passing + books.status.length, name
+            assert node.books.held == books.passing + books.status.length, name
             assert books.variants.memory_used_mb <= books.variants.memory_mb + 1e-9, name
+            figures = (
+                books.uplink_s,
+                *books.links_s.values(),
+                books.variants.memory_used_mb,
+                books.status.waiting_tflop,
+            )
+            assert all(math.isfinite(figure) and figure >= 0.0 for figure in figures), name

@@ -84,7 +84,7 @@ def played(folder: Path, scenario: Callable[[Line], Coroutine[Any, Any, None]]) 
         line = Line(World(bright_deployment(folder, tflops=0.04, emulate=emulate)))
         await scenario(line)
         line.world.check_the_books()
-        assert line.world.nodes["a"].held == 0
+        assert line.world.nodes["a"].books.held == 0
 
     run_world(body())
 
