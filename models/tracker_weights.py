@@ -101,8 +101,9 @@ def build_qdtrack(name: str, weights: str, seed: int = 0, *, architecture: Archi
     """The Faster R-CNN with QDTrack's embedding head. Raises `VariantError`."""
     torch.manual_seed(seed)
     chosen = architecture or Architecture(classes=PEDESTRIANS)
+    detector = faster_rcnn.build(chosen)
     head = qdtrack.EmbeddingHead(chosen.pyramid, groups=min(32, chosen.pyramid), between=chosen.pyramid)
-    network = qdtrack.Qdtrack(faster_rcnn.build(chosen), head).eval()
+    network = qdtrack.Qdtrack(detector, head).eval()
     origin = _load(network, name, weights, qdtrack_names)
     if weights == _RANDOM:
         faster_rcnn.settle(network.detector)

@@ -189,7 +189,8 @@ def test_a_random_qdtrack_file_equals_torch_with_its_embeddings(tmp_path: Path) 
     built.network.detector.rpn._post_nms_top_n["testing"] = 60
     served = built.in_precision("float32")
     write_detector(served, tmp_path / "m.onnx", outputs=built.outputs)
-    assert compare(served, tmp_path / "m.onnx").share == 1.0
+    found_in_both = compare(served, tmp_path / "m.onnx")
+    assert found_in_both.compared == found_in_both.agreeing > 20
     image = rough_noise(96, 160, torch.Generator().manual_seed(2))
     with torch.no_grad():
         boxes, _, _, embeddings = (value.numpy() for value in served(image))
