@@ -1,4 +1,4 @@
-# Tidegate's images. Targets: cpu (gateway, scheduler, CPU workers; no torch), gpu (workers on NVIDIA GPUs),
+# Tidegate's images. Targets: cpu (gateway, scheduler, CPU workers, edge nodes; no torch), gpu (workers on NVIDIA GPUs),
 # export (builds model files with torch; runs once), loadgen (with images to send). The source stays a checkout at
 # /app: see pyproject.toml. The base is pinned by exact version; why not by digest, too: docs/decisions/0001.
 FROM python:3.11.13-slim-bookworm AS base
@@ -28,7 +28,9 @@ COPY tidegate tidegate
 COPY deploy deploy
 
 FROM build AS build-cpu
-RUN pip install --editable ".[cpu,simd]"
+# For edge nodes: clips, trackers and their one cv2, without displays. trackers asks for another cv2, so it comes alone.
+RUN pip install --editable ".[cpu,simd,edge]" \
+ && pip install --no-deps trackers==2.6.1
 
 FROM build AS build-gpu
 RUN pip install --editable ".[gpu,simd]" "onnxruntime-gpu[cuda,cudnn]==1.31.1" "nvidia-nvimgcodec-cu13[nvjpeg]==0.9.0.20"

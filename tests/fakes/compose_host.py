@@ -26,6 +26,8 @@ from tests.fakes.running_system import any_port
 ROOT = Path(__file__).parents[2]
 GPU, CPU = ("docker-compose.yml",), ("docker-compose.yml", "docker-compose.cpu.yml")
 ONE_SHOT = {"export", "loadgen"}
+POSTING = {"deployment", "edge"}
+"""Services that have nothing to be asked: they post a deployment and stay."""
 DEBIAN = {
     "docker-compose": "docker-compose",
     "prometheus": "prometheus",
@@ -51,7 +53,7 @@ def composed(files: tuple[str, ...], **settings: str) -> dict[str, Any]:
     for file in files:
         command += ["-f", file]
     env = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **settings}
-    command += ["--profile", "load", "--profile", "gpu", "config"]
+    command += ["--profile", "load", "--profile", "gpu", "--profile", "edge", "config"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = yaml.safe_load(done.stdout.replace("$$", "$"))
@@ -163,15 +165,25 @@ class Host:
             pytest.fail(f"{service} did not end within its grace period: {self.log(service)}")
 
 
+def with_what_it_needs(composition: dict[str, Any], service: str) -> set[str]:
+    """What `docker compose up SERVICE` starts: it, and whatever it depends on."""
+    found = {service}
+    for other in composition["services"][service].get("depends_on", {}):
+        found |= with_what_it_needs(composition, other)
+    return found
+
+
 @contextlib.contextmanager
-def running(files: tuple[str, ...], folder: Path, **settings: str) -> Iterator[Host]:
-    """Started in the order of `depends_on`, everything healthy."""
+def running(files: tuple[str, ...], folder: Path, only: str = "", **settings: str) -> Iterator[Host]:
+    """Everything without a profile, or what `only` needs: started in the order of `depends_on`, everything healthy."""
     composition = composed(files, **settings)
     host = Host(composition, folder)
+    chosen = with_what_it_needs(composition, only) if only else None
     services = [
         name
         for name, service in composition["services"].items()
-        if not service.get("profiles") and name not in ONE_SHOT | {"prometheus"}
+        if (name in chosen if chosen is not None else not service.get("profiles"))
+        and name not in ONE_SHOT | {"prometheus"}
     ]
     try:
         host.start("redis")
@@ -180,7 +192,7 @@ def running(files: tuple[str, ...], folder: Path, **settings: str) -> Iterator[H
             if name != "redis":
                 host.start(name)
         for name in services:
-            if name != "deployment":
+            if name not in POSTING:
                 host.until_healthy(name)
         yield host
         further = [name for name in host.processes if name not in services]
@@ -193,8 +205,8 @@ def running(files: tuple[str, ...], folder: Path, **settings: str) -> Iterator[H
             process.wait()
 
 
-def fetch(url: str, body: bytes | None = None) -> bytes:
-    request = urllib.request.Request(url, body, {"content-type": "image/png"})
+def fetch(url: str, body: bytes | None = None, content_type: str = "image/png") -> bytes:
+    request = urllib.request.Request(url, body, {"content-type": content_type})
     with urllib.request.urlopen(request, timeout=10) as response:
         data: bytes = response.read()
         return data

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]
 
+from loadgen.payloads import digits
+from models.clips import encode_jpeg
+from models.edge_items import scene_clips
 from protocol.deployment import read_deployment
 from tests.fakes.compose_host import (
     CPU,
     GPU,
     ONE_SHOT,
+    POSTING,
     ROOT,
     Host,
     composed,
@@ -30,6 +35,7 @@ from tests.fakes.compose_host import (
     running,
     seconds,
     until_ready,
+    with_what_it_needs,
 )
 
 TRIES = 4  # runs of the load generator until the machine keeps one up
@@ -50,7 +56,7 @@ def test_every_service_is_hardened_restarted_watched_and_given_time_to_drain(fil
             assert service["user"].split(":")[0] not in ("0", "root"), name
             assert re.fullmatch(r".+:v?\d+\.\d+\.\d+.*", service["image"]), f"{name}: pin {service['image']}"
         assert service["restart"] == ("no" if name in ONE_SHOT else "unless-stopped"), name
-        assert ("healthcheck" in service) == (name not in ONE_SHOT | {"deployment"}), name
+        assert ("healthcheck" in service) == (name not in ONE_SHOT | POSTING), name
         command = service["command"]
         if "--drain-s" in command:
             drain_s = float(command[command.index("--drain-s") + 1])
@@ -78,6 +84,36 @@ def test_the_cpu_override_starts_no_gpu_service() -> None:
     services = composed(CPU)["services"]
     started = {name for name, service in services.items() if not service.get("profiles")}
     assert started == {"redis", "deployment", "gateway", "scheduler", "prometheus", "worker-a", "worker-b"}
+
+
+def test_the_edge_profile_starts_the_nodes_of_its_deployment_and_no_other_worker() -> None:
+    composition = composed(GPU)
+    posted = composition["services"]["edge"]["command"]
+    deployment = read_deployment(ROOT / posted[posted.index("-f") + 1])
+    assert deployment.edge is not None
+    started = with_what_it_needs(composition, "edge")
+    nodes = {name for name in started if name.startswith("node-")}
+    assert started == nodes | {"redis", "gateway", "scheduler", "edge"}
+    commands = [composition["services"][name]["command"] for name in nodes]
+    assert {worker.name for worker in deployment.workers} == {line[line.index("--name") + 1] for line in commands}
+    profiled = {name for name, service in composition["services"].items() if "edge" in service.get("profiles", ())}
+    assert profiled == nodes | {"edge"}
+    for files in (GPU, CPU):
+        scheduler = composed(files)["services"]["scheduler"]["command"]
+        assert scheduler[scheduler.index("--advertise") + 1] == "tcp:scheduler:7001"
+
+
+def test_the_image_of_nodes_has_the_edge_packages_and_no_torch() -> None:
+    stage = (ROOT / "Dockerfile").read_text().split("AS build-cpu\n")[1].partition("\nFROM ")[0]
+    extras = re.findall(r'--editable "\.\[(.+?)\]"', stage)[0].split(",")
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    packages = {re.split(r"[^\w-]", one)[0] for extra in extras for one in declared[extra]}
+    assert {"onnxruntime", "av", "opencv-python-headless", "supervision"} <= packages
+    assert not {one for one in packages if "torch" in one or one == "opencv-python"}
+    makefile = (ROOT / "Makefile").read_text()
+    pinned = re.search(r"trackers==[\d.]+", makefile)
+    assert pinned is not None
+    assert f"pip install --no-deps {pinned[0]}" in stage
 
 
 @pytest.mark.parametrize("files", [GPU, CPU], ids=["gpu", "cpu"])
@@ -173,7 +209,32 @@ def test_the_files_own_commands_serve_requests(
             _prometheus_reads_every_part(host, service)
 
 
-def _prometheus_reads_every_part(host: Host, service: str) -> None:
+@pytest.mark.redis
+@pytest.mark.timeout(300)
+def test_the_edge_profile_answers_images_and_clips_on_its_nodes(tmp_path: Path) -> None:
+    with running(GPU, tmp_path, only="edge") as host:
+        url = f"http://127.0.0.1:{host.port('gateway', '8700')}"
+        until_ready(url)
+        ends_s = time.monotonic() + 40.0
+        while notices := json.loads(fetch(f"{url}/readyz"))["notices"]:
+            assert time.monotonic() < ends_s, notices
+            time.sleep(0.1)
+        clip = next(iter(scene_clips(1, 900_000))).media
+        frames = [encode_jpeg(frame, 95) for frame in clip.frames]
+        image = json.loads(fetch(f"{url}/v1/detection", frames[0], "image/jpeg"))
+        assert image["decision"]["decided_by"] == "scheduler"
+        assert image["detections"]
+        tracked = json.loads(fetch(f"{url}/v1/tracking", b"".join(frames[:10]), "video/x-motion-jpeg; fps=15"))
+        assert tracked["tracks"]
+        digit = fetch(f"{url}/v1/digits", digits(ROOT / "models" / "pretrained" / "digits_split.json").payloads[0].body)
+        assert json.loads(digit)["predictions"]
+        state = json.loads(fetch(f"{url}/state"))
+        assert state["outcomes"] == {name: {"OK": 1} for name in ("detection", "tracking", "digits")}
+        _alerts_speak_of_metrics_that_exist(host, url, edge=True)
+        _prometheus_reads_every_part(host, "digits", at_least=1)
+
+
+def _prometheus_reads_every_part(host: Host, service: str, at_least: int = 21) -> None:
     url = host.local_prometheus()
 
     def asked(path: str) -> Any:
@@ -182,7 +243,7 @@ def _prometheus_reads_every_part(host: Host, service: str) -> None:
     query = urllib.parse.urlencode({"query": f'tidegate_requests_total{{service="{service}",outcome="OK"}}'})
     targets, states, counted, firing = set[tuple[str, str]](), set[str](), 0.0, set[str]()
     ends_s = time.monotonic() + 40.0
-    while counted <= 20 or states != {"ok"} or {health for _, health in targets} != {"up"}:
+    while counted < at_least or states != {"ok"} or {health for _, health in targets} != {"up"}:
         assert time.monotonic() < ends_s, (targets, states, counted, host.log("prometheus"))
         time.sleep(0.2)
         with contextlib.suppress(OSError):
@@ -194,9 +255,11 @@ def _prometheus_reads_every_part(host: Host, service: str) -> None:
     assert not firing
 
 
-def _alerts_speak_of_metrics_that_exist(host: Host, url: str) -> None:
+def _alerts_speak_of_metrics_that_exist(host: Host, url: str, *, edge: bool = False) -> None:
     text = fetch(f"{url}/metrics") + fetch(f"http://127.0.0.1:{host.port('scheduler', '9200')}/metrics")
     named = set(re.findall(r"\btidegate_\w+", (ROOT / "deploy/alerts.yml").read_text()))
+    if not edge:  # told of where there is an edge network
+        named = {name for name in named if not name.startswith("tidegate_edge_")}
     assert {name for name in named if f"# TYPE {name} " not in text.decode()} == set()
 
 
