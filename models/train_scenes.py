@@ -29,7 +29,7 @@ from models.train_scenes_tasks import CHECKPOINT, TASKS, Task
 
 PRETRAINED = Path(__file__).parent / "pretrained"
 WARM_UP = 0.08  # share of the steps in which the learning rate rises
-CURVE_EVERY = 25  # steps per line of curve.jsonl
+CURVE_EVERY = 25  # steps per line of curve.jsonl; a line holds the mean losses since the last one or the start
 
 
 def rate_at(step: int, steps: int, highest: float) -> float:
@@ -69,7 +69,7 @@ def train(
     started = time.monotonic()
     bar = progress.add_task("training", total=steps, completed=first)
     network.train()
-    sums: dict[str, float] = {}
+    seen: dict[str, list[float]] = {}
     for step in range(first, steps):
         torch.manual_seed(1_000_003 * seed + step)  # which proposals are sampled depends on the step alone
         for group in optimizer.param_groups:
@@ -81,12 +81,13 @@ def train(
         torch.nn.utils.clip_grad_norm_(learning, 10.0)
         optimizer.step()
         for name, loss in losses.items():
-            sums[name] = sums.get(name, 0.0) + float(loss.detach()) / CURVE_EVERY
+            seen.setdefault(name, []).append(float(loss.detach()))
         progress.update(bar, advance=1, description=f"training, loss {float(total.detach()):.3f}")
         done, train_s = step + 1, spent_s + time.monotonic() - started
         if done % CURVE_EVERY == 0:
-            _add_line(folder / "curve.jsonl", {"step": done, "train_s": train_s, **sums})
-            sums = {}
+            means = {name: sum(values) / len(values) for name, values in seen.items()}
+            _add_line(folder / "curve.jsonl", {"step": done, "train_s": train_s, **means})
+            seen = {}
         out_of_time = train_s - spent_s >= stop_after_s and done < steps
         if done % checkpoint_every == 0 or done == steps or out_of_time:
             state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
