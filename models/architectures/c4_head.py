@@ -19,11 +19,12 @@ class C4Regions(nn.Module):
 
     A thousand regions would take 0.8 GB before the stage begins, so they go through it in parts. A part may be empty,
     which onnxruntime's averages do not bear: a region of the first pixel leads each part and is dropped behind it.
+    `most` is how many regions there can be; more are refused.
     """
 
     SIZE = 14
     STRIDE = 16
-    PART = 125  # regions; a thousand are eight parts, in a graph without loops
+    PART = 126  # regions; a thousand and one are eight parts, in a graph without loops
 
     def __init__(self, layer4: nn.Module, conventions: "Conventions", *, most: int = 1000) -> None:
         super().__init__()
@@ -37,6 +38,8 @@ class C4Regions(nn.Module):
         from models.architectures.faster_rcnn import numbered
 
         regions = numbered(proposals)
+        if len(regions) > self.parts * self.PART:
+            raise ValueError(f"{len(regions)} regions: at most {self.parts * self.PART} were announced")
         leader = regions.new_tensor([[0.0, 0.0, 0.0, 1.0, 1.0]])
         found = []
         for part in range(self.parts):

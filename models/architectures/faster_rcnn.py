@@ -202,7 +202,7 @@ def build(architecture: Architecture, conventions: Conventions = MMDETECTION, *,
         head: nn.Module = TwoMLPHead(channels * PyramidAlign.SIZE**2, architecture.hidden)
         features, before = architecture.hidden, 1000
     else:
-        align = C4Regions(body.layer4, conventions, most=proposals)
+        align = C4Regions(body.layer4, conventions, most=proposals + 1)  # with `OneImage`'s own
         backbone = nn.Sequential()
         backbone.add_module("body", IntermediateLayerGetter(body, {"layer3": "0"}))
         anchors = GridAnchors([[32.0, 64.0, 128.0, 256.0, 512.0]], (16,), whole=conventions.whole_anchors)

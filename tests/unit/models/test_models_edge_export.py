@@ -24,6 +24,7 @@ import torch  # noqa: E402 - after the skip
 
 from models import edge_export, edge_weights  # noqa: E402
 from models.architectures import faster_rcnn  # noqa: E402
+from models.architectures.c4_head import C4Regions  # noqa: E402
 from models.architectures.faster_rcnn import Architecture, OneImage, build, rough_noise, settle  # noqa: E402
 from models.architectures.half_precision import folded, in_half  # noqa: E402
 from models.catalog import VariantError  # noqa: E402
@@ -33,6 +34,12 @@ from models.edge_export import agreement, compare, export_edge, write_detector  
 
 FPN = Architecture(blocks=(1, 1, 1, 1), pyramid=16, hidden=32)
 C4 = Architecture(blocks=(1, 1, 1, 1), head="c4", early_stride=True)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twenty proposals in three parts, the last of one."""
+    monkeypatch.setattr(C4Regions, "PART", 10)
 
 
 @pytest.fixture(autouse=True)

@@ -192,6 +192,8 @@ def test_the_c4_head_in_parts_equals_the_whole() -> None:
         assert torch.allclose(head(features, [boxes], [(192, 256)]), expected, atol=1e-5)
         assert torch.allclose(head(features, [boxes[:2]], [(192, 256)]), expected[:2], atol=1e-5)
         assert head(features, [boxes[:0]], [(192, 256)]).shape == (0, 2048)
+        with pytest.raises(ValueError, match="16 regions: at most 15"):
+            head(features, [boxes[[0] * 16]], [(192, 256)])
 
 
 @pytest.mark.parametrize("spread", [1.0, 58.0])
