@@ -3,6 +3,7 @@
 import json
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +15,11 @@ from rich.table import Table
 
 from policies.placement.actors import PRETRAINED
 from policies.placement.contract import ArtifactError, PlacementPolicy
+from policies.placement.deployed import experiment
 from policies.placement.edge_network import EdgeNetwork, PlacementError
 from policies.placement.evaluate import ALL, LEARNED, RULES, Optima, build_policy, evaluate_policy, evaluation_slots
 from policies.placement.graph import GraphError, named_graph
-from policies.placement.tables import ServiceTable, TableError, read_table, shipped_tables
+from policies.placement.tables import TableError, read_table
 from policies.placement.workload import Load, draw_slots
 
 app = typer.Typer(
@@ -29,13 +31,17 @@ errors = Console(stderr=True)
 OPTIMA = Path("results/placement_optima.json")
 WRONG = (GraphError, TableError, PlacementError, ArtifactError, ValueError)
 
-Graph = Annotated[str, typer.Option(help="eua16[-bandwidths]:SEED, geometric:SEED, or FILE.csv:SEED in the EUA format")]
+Graph = Annotated[
+    str,
+    typer.Option(
+        help="eua16[-bandwidths]:SEED, geometric:SEED, FILE.csv:SEED in the EUA format, or a deployment's FILE.toml"
+    ),
+]
 Tables = Annotated[list[Path] | None, typer.Option("--table", help="service tables instead of the shipped two")]
 
 
 def _network(graph: str, tables: list[Path] | None) -> EdgeNetwork:
-    found: tuple[ServiceTable, ...] = tuple(read_table(path) for path in tables) if tables else shipped_tables()
-    return EdgeNetwork(named_graph(graph), found)
+    return EdgeNetwork(named_graph(graph), [read_table(path) for path in tables]) if tables else experiment(graph, 1)[0]
 
 
 def _fail(error: Exception) -> typer.Exit:
@@ -84,7 +90,7 @@ def evaluate(
         services = len(network.tables)
         if agents < services or agents % services:
             raise ValueError(f"--agents is {agents}; it must be a multiple of the {services} services")
-        load = Load(per_service=agents // services, mixed=mixed, present=present)
+        load = replace(experiment(graph, agents // services)[1], mixed=mixed, present=present)
         policies = _policies(list(ALL) if policy == "all" else policy.split(","), network, load, policy == "all")
         batches = evaluation_slots(network, load, slots, seeds)
         optima = None
@@ -195,7 +201,7 @@ def bench(
     """Time the environment (slots per second on one core) and one decision of every policy."""
     try:
         network = _network(graph, None)
-        load = Load(per_service=agents // len(network.tables))
+        load = experiment(graph, agents // len(network.tables))[1]
         figures: dict[str, Any] = {"environment_slots_per_s": {}}
         rng = np.random.default_rng(0)
         rule = build_policy("random", network, load)

@@ -7,14 +7,39 @@ import numpy as np
 
 from policies.placement.contract import FloatArray
 from policies.placement.edge_network import EdgeNetwork
-from policies.placement.graph import EdgeGraph, named_graph
-from policies.placement.tables import TABLES_DIRECTORY, ServiceTable, TableError, read_table
+from policies.placement.graph import EdgeGraph, GraphError, named_graph
+from policies.placement.tables import TABLES_DIRECTORY, ServiceTable, TableError, read_table, shipped_tables
+from policies.placement.workload import Load
+from protocol.deployment import DeploymentError, read_deployment
 from protocol.edge_records import EdgeSpec
+
+BUSY_S = 0.3
+"""Work that waits on a node while policies are trained for a deployment: at most so many seconds of it."""
 
 
 def network_of(edge: EdgeSpec) -> EdgeNetwork:
     """The network, services in the deployment's order. Raises GraphError or TableError, which name what is wrong."""
     return EdgeNetwork(graph_of(edge), [_table(name, spec.table) for name, spec in edge.services.items()])
+
+
+def experiment(graph: str, per_service: int) -> tuple[EdgeNetwork, Load]:
+    """Where policies are trained and evaluated: a named graph with Huang's tables and load, or a deployment's file.
+
+    A deployment (`graph` ends in .toml) brings its own network and tables; its nodes are drawn with up to `BUSY_S` of
+    work and a third of the smallest memory in use. Raises GraphError or TableError.
+    """
+    if not graph.endswith(".toml"):
+        return EdgeNetwork(named_graph(graph), shipped_tables()), Load(per_service=per_service)
+    try:
+        edge = read_deployment(Path(graph)).edge
+    except DeploymentError as error:
+        raise GraphError(str(error)) from error
+    if edge is None:
+        raise GraphError(f"{graph} has no [edge]: there is no network to place requests on")
+    network = network_of(edge)
+    waiting = 0.0, BUSY_S * float(network.graph.tflops.mean())
+    used = 0.0, float(network.graph.memory_mb.min()) / 3
+    return network, Load(per_service=per_service, system_tflop=waiting, memory_used_mb=used)
 
 
 def graph_of(edge: EdgeSpec) -> EdgeGraph:

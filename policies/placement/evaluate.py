@@ -54,6 +54,7 @@ def build_policy(
         path = _artifact_path(artifacts, name, load.per_service * len(network.tables))
     elif "/" in name:
         path = Path(name)
+        name = path.name
     else:
         raise ValueError(f"policy {name!r} is unknown; use one of {', '.join(ALL)}, all, or an artifact's path")
     if _kind(path) == "prices":

@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 
 from policies.placement.actors import PRICES, Artifact
 from policies.placement.contract import ABSENT, IntArray, PlacementPolicy, Slots
+from policies.placement.deployed import experiment
 from policies.placement.edge_network import EdgeNetwork
-from policies.placement.graph import named_graph
 from policies.placement.networks import ActorShape, Parameters
 from policies.placement.observation import Layout
 from policies.placement.prices import Prices
-from policies.placement.tables import shipped_tables
 from policies.placement.workload import Load
 
 
@@ -42,7 +41,7 @@ class Settings:
 
     algorithm: str = "hisper"
     preset: str = "paper"
-    graph: str = "eua16"
+    graph: str = "eua16"  # or a deployment's file: see `deployed.experiment`
     per_service: int = 4
     layout: str = "paper"
     shared: bool = False  # one actor per service instead of one per request
@@ -114,12 +113,12 @@ class Settings:
         return float(self.temperature * (self.temperature_end / self.temperature) ** share)
 
     def network(self) -> EdgeNetwork:
-        """The edge network that this run trains on (the shipped tables)."""
-        return EdgeNetwork(named_graph(self.graph), shipped_tables())
+        """The edge network that this run trains on: a named graph with Huang's tables, or a deployment's own."""
+        return experiment(self.graph, self.per_service)[0]
 
     def load(self) -> Load:
         """The slots that this run trains on."""
-        return Load(per_service=self.per_service)
+        return experiment(self.graph, self.per_service)[1]
 
 
 def actor_shape(settings: Settings, network: EdgeNetwork) -> ActorShape:

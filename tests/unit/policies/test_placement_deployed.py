@@ -1,13 +1,17 @@
 """A deployment's [edge] becomes the network that everybody accounts by."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from policies.placement.deployed import graph_of, network_of
+from policies.placement.deployed import experiment, graph_of, network_of
 from policies.placement.graph import GraphError, eua16
 from policies.placement.tables import TableError
+from policies.placement.workload import Load
 from protocol.edge_records import EdgeLinkSpec, EdgeNodeSpec, EdgeServiceSpec, EdgeSpec
 
+DEPLOYMENTS = Path(__file__).parents[3] / "deploy"
 NODES = tuple(
     EdgeNodeSpec(name=name, latitude=-37.8, longitude=144.9, tflops=tflops, memory_mb=512, uplink_mbps=48)
     for name, tflops in (("b", 1.0), ("a", 0.5))
@@ -34,3 +38,21 @@ def test_what_cannot_be_found_is_named() -> None:
         network_of(EdgeSpec(services={"pictures": EdgeServiceSpec(table="nothing")}, graph="eua16"))
     with pytest.raises(GraphError, match="two parts"):
         network_of(EdgeSpec(services=SERVICES, nodes=NODES))
+
+
+def test_policies_are_trained_for_a_named_graph_or_for_a_deployment() -> None:
+    network, load = experiment("eua16", 5)
+    assert (network.nodes, [table.name for table in network.tables]) == (16, ["detection", "tracking"])
+    assert load == Load(per_service=5)
+    network, load = experiment(str(DEPLOYMENTS / "edge4.toml"), 2)
+    assert network.graph.names == ("harbour", "market", "station", "gardens")
+    assert load.per_service == 2
+    assert 0 < load.system_tflop[1] < network.graph.tflops.max(), "less than a second of work"
+    assert load.memory_used_mb[1] < network.graph.memory_mb.min()
+
+
+def test_a_deployment_without_an_edge_trains_nothing(tmp_path: Path) -> None:
+    with pytest.raises(GraphError, match=r"digits.toml has no \[edge\]"):
+        experiment(str(DEPLOYMENTS / "digits.toml"), 4)
+    with pytest.raises(GraphError, match="cannot be read"):
+        experiment(str(tmp_path / "none.toml"), 4)
