@@ -120,6 +120,15 @@ def test_bounds_at_the_border_are_those_of_points_inside_both(label: int) -> Non
         assert (np.array(box[2:]) >= wanted[2:]).all()
 
 
+@pytest.mark.parametrize(("x", "y", "share"), [(160, 96, 1.0), (0, 96, 0.5), (320, 192, 0.25), (160, 192, 0.5)])
+def test_visibility_is_the_share_of_the_area_in_the_picture(x: float, y: float, share: float) -> None:
+    corners = shapes.outline(LABELS.index("ball"), 1.0)
+    path = np.tile([x, y, 30.0, 0.0], ((2 + 1) * 8 + 1, 1))
+    thing = Thing(1, LABELS.index("ball"), corners, _sprites(corners), path)
+    scene = Scene(STILL, 0, np.zeros((3, 192, 320), np.float32), (thing,), np.ones(2))
+    assert render(scene, [0]).truth[0].visibility[0] == pytest.approx(share, abs=0.015)
+
+
 def test_an_object_behind_another_is_less_visible_than_alone() -> None:
     scene = plan_scene(0, STILL)
     near = scene.things[1]
