@@ -6,8 +6,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from models.edge_catalog import EdgeVariant
-from protocol.deployment import DeploymentError
+from models.edge_catalog import EdgeVariant, load_edge_catalog
+from protocol.deployment import DeploymentError, read_deployment
 from protocol.edge_records import EdgeServiceSpec
 from tests.fakes.edge_system import edge_catalog, edge_file
 from tidegate import check
@@ -17,6 +17,12 @@ from tidegate import check
 def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     """The catalog has what the tables name; `large` may be taken out."""
     monkeypatch.setattr(check, "load_edge_catalog", edge_catalog)
+
+
+@pytest.mark.parametrize("name", ["edge4", "edge16"])
+def test_the_shipped_deployments_are_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "load_edge_catalog", load_edge_catalog)
+    check.refuse_unknown(read_deployment(Path(__file__).parents[3] / "deploy" / f"{name}.toml"))
 
 
 def test_what_exists_is_accepted(tmp_path: Path) -> None:
