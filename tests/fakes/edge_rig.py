@@ -77,7 +77,7 @@ class EdgeRig:
         """Send a signal to a node's process."""
         self.processes[node].send_signal(number)
 
-    async def until(self, look: Callable[[], Awaitable[T | None]], limit_s: float = 15.0) -> T:
+    async def until(self, look: Callable[[], Awaitable[T | None]], limit_s: float = 30.0) -> T:
         """What `look` gives once it is not None."""
         try:
             async with asyncio.timeout(limit_s):
