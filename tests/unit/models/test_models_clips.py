@@ -9,6 +9,8 @@ import threading
 import numpy as np
 import pytest
 import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from models.clip_limits import Frame, Limits
@@ -59,9 +61,9 @@ def test_an_mp4_gives_its_frames_its_rate_and_its_count() -> None:
     clip = open_clip(write_mp4(frames, 15), "video/mp4", LIMITS)
     decoded = list(clip.frames())
     assert (clip.fps, clip.frame_count, len(decoded)) == (15.0, 6, 6)
-    for given, found in zip(frames, decoded, strict=True):
+    for shown, found in zip(frames, decoded, strict=True):
         assert found.dtype == np.uint8
-        assert np.abs(found.astype(int) - given).mean() < 4
+        assert np.abs(found.astype(int) - shown).mean() < 4
 
 
 def test_jpegs_one_after_another_are_taken_apart_where_they_were_joined() -> None:
@@ -147,6 +149,47 @@ def test_noise_in_a_clip_is_refused_and_never_anything_else() -> None:
             statuses.append(error.status)
     assert len(statuses) > 30
     assert set(statuses) <= {400, 413}
+
+
+def test_damage_that_a_decoder_would_paint_over_is_refused() -> None:
+    """A few bytes within the coded pictures, headers whole: guessed frames must not pass for seen ones."""
+    rng = np.random.default_rng(8)
+    clip = np.frombuffer(write_mp4(moving(12, 96, 128), 15), dtype=np.uint8)
+    start, statuses = clip.tobytes().index(b"mdat") + 800, []
+    end = clip.tobytes().index(b"moov") - 12
+    for _ in range(20):
+        damaged = clip.copy()
+        damaged[int(rng.integers(start, end - 4)) :][:4] = 255
+        try:
+            list(open_clip(damaged.tobytes(), "video/mp4", LIMITS).frames())
+        except InvalidInput as error:
+            statuses.append(error.status)
+    assert statuses == [400] * 20
+
+
+KINDS = ["", "image/png", "video/mp4", "video/x-mjpeg", "multipart/x-mixed-replace", "multipart/form-data; boundary=b"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.sampled_from(KINDS),
+    st.lists(
+        st.sampled_from([b"\xff\xd8\xff", b"\xff\xd9", b"\xff\xda\x00\x08", b"\xff\xe0\x00\x10", b"\x89PNG\r\n\x1a\n"])
+        | st.sampled_from([b"--b\r\n\r\n", b"\r\n--b--", b"\x00\x00\x00\x08moov", b"\x00\x00\x00\x10ftypisom", b"mdat"])
+        | st.binary(max_size=12),
+        max_size=12,
+    ),
+)
+def test_any_bytes_are_frames_or_a_refusal(content_type: str, pieces: list[bytes]) -> None:
+    try:
+        frames = list(open_clip(b"".join(pieces), content_type, LIMITS).frames())
+    except InvalidInput as error:
+        refusal = error
+    else:
+        assert frames
+        return
+    assert refusal.status in (400, 413)
+    assert refusal.reason
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ class Layers(nn.Module):
         super().__init__()
         self.whole = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         self.grouped = nn.Conv2d(8, 8, 3, padding=1, groups=4)
-        self.up = nn.ConvTranspose2d(8, 2, 2, stride=2)
-        self.dense = nn.Linear(2, 5)
+        self.up = nn.ConvTranspose2d(8, 3, 2, stride=2)
+        self.dense = nn.Linear(3, 5)
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         grown = self.up(self.grouped(self.whole(image)))
@@ -50,5 +50,5 @@ def test_every_kind_of_layer_is_counted_at_the_sizes_of_the_run(tmp_path: Path) 
     )
     image = np.random.default_rng(1).random((1, 3, 20, 32), dtype=np.float32)
     whole, grouped = 8 * 10 * 16 * 27, 8 * 10 * 16 * 2 * 9
-    up, dense = 8 * 10 * 16 * 2 * 4, int((image[0, 0] > 0.5).sum()) * 2 * 5
+    up, dense = 8 * 10 * 16 * 3 * 4, int((image[0, 0] > 0.5).sum()) * 3 * 5
     assert multiply_adds(file, image) == whole + grouped + up + dense

@@ -70,6 +70,7 @@ def test_a_wrong_class_counts_for_nothing_and_a_crowd_against_nobody() -> None:
     truth = [still([BOX, FAR], [0, 0], [False, True])]
     scores = detection_scores(truth, [found([BOX, FAR], [0.5, 0.9], [0, 0])], ["a", "b"])
     assert scores.m_ap == pytest.approx(1.0)
+    assert detection_scores(truth, [found([BOX], [0.5], [0])], ["a", "b"]).m_ap == pytest.approx(1.0)
     assert detection_scores(truth, [found([BOX], [0.5], [1])], ["a", "b"]).m_ap == 0.0
 
 

@@ -155,6 +155,14 @@ def test_likeness_is_high_only_where_each_is_the_others_best() -> None:
     assert likeness[1, 0] < 0.65
 
 
+def test_of_two_that_look_alike_the_better_one_continues_the_track() -> None:
+    boxes = np.array([[0.0, 0, 30, 30], [100, 0, 130, 30]])
+    look, kinds = np.array([[5.0, 0]]), np.zeros(2, dtype=np.int64)
+    tracker = QuasiDense(QuasiDenseSettings())
+    tracker.update(boxes[:1], np.array([0.95]), kinds[:1], look)
+    assert tracker.update(boxes, np.array([0.7, 0.8]), kinds, look.repeat(2, 0)).tolist() == [NOBODY, 1]
+
+
 def test_duplicates_of_a_better_box_get_no_track() -> None:
     box = np.array([10.0, 10, 50, 50])
     boxes = np.stack([box, box + 1, box + np.array([0, 0, 25, 25])])
