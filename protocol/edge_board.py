@@ -1,13 +1,17 @@
-"""Edge services on the board: ``node:{name}`` and ``controller`` (both expire 3 s after the last word)."""
+"""Edge services on the board: ``node:{name}``, ``controller`` (both expire 3 s after the last word), and
+
+``placements``, a bounded stream of the latest windows for people who want to know why.
+"""
 
 from typing import Any, Final
 
 import msgspec
 
-from protocol.edge_records import ControllerRecord, NodeRecord
+from protocol.edge_records import ControllerRecord, NodeRecord, WindowRecord
 from protocol.redis_calls import cancellable, decoded
 
 NODE_EXPIRES_S: Final = 3.0
+WINDOWS_KEPT: Final = 1_000
 
 _json = msgspec.json.Encoder().encode
 
@@ -52,3 +56,15 @@ class EdgeRecords:
     async def controller(self) -> ControllerRecord | None:
         """Where placements are decided, if anywhere."""
         return decoded(await self._redis.get("controller"), ControllerRecord)
+
+    @cancellable
+    async def add_window(self, record: WindowRecord) -> None:
+        """Appends a decided window to the bounded log."""
+        await self._redis.xadd("placements", {"window": _json(record)}, maxlen=WINDOWS_KEPT, approximate=True)
+
+    @cancellable
+    async def windows(self, count: int = 100) -> list[WindowRecord]:
+        """The latest decided windows, newest first."""
+        entries = await self._redis.xrevrange("placements", count=count)
+        records = [decoded(fields.get(b"window"), WindowRecord) for _, fields in entries]
+        return [record for record in records if record is not None]

@@ -227,3 +227,18 @@ class ControllerRecord(msgspec.Struct, frozen=True, kw_only=True):
     epoch: str
     policy: str = ""
     reason: str = ""
+
+
+class WindowRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of the `placements` stream: what a window's decision rested on, and what it was.
+
+    By node, in the graph's order: backlog and memory in use with what was on its way; `closed` could not be chosen.
+    """
+
+    policy: str
+    decide_ms: float
+    requests: tuple[EdgeRequest, ...]
+    placements: tuple[Placement, ...]
+    waiting_tflop: tuple[float, ...]
+    memory_used_mb: tuple[float, ...]
+    closed: dict[str, str] = {}

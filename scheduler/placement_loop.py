@@ -25,11 +25,20 @@ from policies.placement.contract import PlacementPolicy
 from policies.placement.deployed import network_of
 from policies.placement.edge_network import EdgeNetwork
 from policies.placement.evaluate import build_policy
-from policies.placement.live import OnTheWay, loads_of, place_window
+from policies.placement.live import Loads, OnTheWay, loads_of, place_window
 from policies.placement.rules import Sequential
 from policies.placement.workload import Load
 from protocol.board import BOARD_ERRORS, Board
-from protocol.edge_records import ControllerRecord, Decide, Decision, EdgeRequest, EdgeSpec, NodeStatus, Placement
+from protocol.edge_records import (
+    ControllerRecord,
+    Decide,
+    Decision,
+    EdgeRequest,
+    EdgeSpec,
+    NodeStatus,
+    Placement,
+    WindowRecord,
+)
 from protocol.frames import Frame, Kind
 from protocol.link import Connection, LinkClosed, serve
 from protocol.node_links import NodeLinks
@@ -208,15 +217,18 @@ class PlacementLoop:
             connection.close(f"DECIDE cannot be read: {error}")
             return
         async with self._one_at_a_time:
-            decision = await self._decide(asked)
+            decision, loads = await self._decide(asked)
         with contextlib.suppress(LinkClosed):
             connection.send(Kind.DECISION, frame.request_id, decision)
+        if loads is not None and self._deployed is not None:  # the answer first, then the books
+            with contextlib.suppress(*BOARD_ERRORS):
+                await self._board.add_window(_record(asked, decision, loads, self._deployed.network.graph.names))
 
-    async def _decide(self, asked: Decide) -> Decision:
-        """One window; without placements where nothing is deployed yet, or not what the gateway knows."""
+    async def _decide(self, asked: Decide) -> tuple[Decision, Loads | None]:
+        """One window, and what was known of the nodes; no placements where not what the gateway knows is deployed."""
         here = self._deployed
         if here is None or not asked.requests:
-            return Decision(asked.window, "", ())
+            return Decision(asked.window, "", ()), None
         began_s = time.monotonic()
         await self._links.ask(STATUS_PATIENCE_S)
         now_s = time.monotonic()
@@ -241,14 +253,14 @@ class PlacementLoop:
             try:
                 placements = await asyncio.to_thread(place, policy)
             except ValueError:  # the gateway knows another network: it decides by itself
-                return Decision(asked.window, "", ())
+                return Decision(asked.window, "", ()), None
         here.moving.add(asked.requests, placements, now_s)
         took_s = time.monotonic() - began_s
         self._decided += 1
         self._stood_in_for += bool(here.reason)
         self._metrics.windows.labels(policy.name).inc()
         self._metrics.window_seconds.observe(took_s)
-        return Decision(asked.window, policy.name, tuple(placements), took_s)
+        return Decision(asked.window, policy.name, tuple(placements), took_s), loads
 
     # news
 
@@ -270,6 +282,18 @@ class PlacementLoop:
         record = ControllerRecord(address=address, epoch=self._epoch, policy=here.policy.name, reason=here.reason)
         with contextlib.suppress(*BOARD_ERRORS):
             await self._board.post_controller(record)
+
+
+def _record(asked: Decide, decision: Decision, loads: Loads, names: tuple[str, ...]) -> WindowRecord:
+    return WindowRecord(
+        policy=decision.policy,
+        decide_ms=decision.decide_s * 1e3,
+        requests=asked.requests,
+        placements=decision.placements,
+        waiting_tflop=tuple(loads.waiting_tflop.tolist()),
+        memory_used_mb=tuple(loads.memory_used_mb.tolist()),
+        closed={names[k]: why for k, why in loads.closed.items() if k < len(names)},
+    )
 
 
 def _rehearse(network: EdgeNetwork, policy: PlacementPolicy, per_service: int) -> None:

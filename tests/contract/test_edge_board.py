@@ -8,7 +8,17 @@ import pytest
 
 from protocol import edge_board
 from protocol.board import Board
-from protocol.edge_records import ControllerRecord, EdgeLinkSpec, EdgeNodeSpec, EdgeServiceSpec, EdgeSpec, NodeRecord
+from protocol.edge_records import (
+    ControllerRecord,
+    EdgeLinkSpec,
+    EdgeNodeSpec,
+    EdgeRequest,
+    EdgeServiceSpec,
+    EdgeSpec,
+    NodeRecord,
+    Placement,
+    WindowRecord,
+)
 from protocol.records import Deployment, WorkerSpec
 
 
@@ -117,5 +127,30 @@ def test_a_deployments_edge_comes_back_as_it_was_posted(board_url: str) -> None:
         assert await board.deployment() == posted
         assert posted.edge == edge
         assert posted.workers == workers
+
+    run(board_url, scenario)
+
+
+def test_decided_windows_are_kept_newest_first_and_bounded(board_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a decision rested on can be read again as it was written; old ones go."""
+    monkeypatch.setattr(edge_board, "WINDOWS_KEPT", 5)
+
+    async def scenario(board: Board) -> None:
+        written = [
+            WindowRecord(
+                policy=f"p{number}",
+                decide_ms=1.5,
+                requests=(EdgeRequest("detection", 3, 1.0, 0.5),),
+                placements=(Placement(1, 2, 3, accuracy=0.5), Placement(reason="late", late=True)),
+                waiting_tflop=(0.0, 0.25),
+                memory_used_mb=(10.0, 0.0),
+                closed={"b": "is draining"},
+            )
+            for number in range(400)
+        ]
+        for record in written:
+            await board.add_window(record)
+        assert await board.windows(2) == [written[399], written[398]]
+        assert len(await board.windows(1000)) < 400
 
     run(board_url, scenario)

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 from redis.exceptions import ConnectionError as RedisAway
 
-from protocol.edge_records import ControllerRecord, EdgeInfer, EdgeReply, NodeRecord, NodeStatus, Spent
+from protocol.edge_records import ControllerRecord, EdgeInfer, EdgeReply, NodeRecord, NodeStatus, Spent, WindowRecord
 from protocol.frames import Frame, Kind
 from protocol.link import Connection, serve
 from protocol.outcomes import Attempt
@@ -28,6 +28,7 @@ class EdgeBoard:
         self.controller_record: ControllerRecord | None = None
         self.away = False
         self.controllers: list[ControllerRecord] = []
+        self.windows: list[WindowRecord] = []
         self._followers: list[Callable[[str, bytes], Awaitable[None]]] = []
 
     async def follow(
@@ -58,6 +59,11 @@ class EdgeBoard:
         self._reach()
         self.controller_record = record
         self.controllers.append(record)
+
+    async def add_window(self, record: WindowRecord) -> None:
+        """As on the board; all are kept."""
+        self._reach()
+        self.windows.append(record)
 
     async def deployment(self) -> Deployment | None:
         """As on the board."""

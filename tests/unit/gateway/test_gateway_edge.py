@@ -319,9 +319,13 @@ def test_a_client_that_leaves_is_forgotten_in_its_window_and_cancelled_at_its_no
             early.leave()
             assert tally(here.gateway) == {"CANCELLED": 1}
             assert here.gateway.edge.counts().waiting == 0
-            late = here.ask(headers={"x-edge-node": "south"})
+            late = Client(BODY, JPEG | {"x-edge-node": "south"}, "/v1/detection").connect(here.gateway)
+            late.send(late.request[:-1000])
+            late.send(late.request[-1000:])
             await here["south"].arrived.wait()
+            assert here.gateway.uploads.held == len(BODY)  # a clip takes memory until its request has ended
             late.leave()
+            assert here.gateway.uploads.held == 0
             await until(lambda: bool(here["south"].cancelled))
             assert tally(here.gateway) == {"CANCELLED": 2}
             assert len(here["south"].asked) == 1

@@ -167,8 +167,17 @@ def test_nodes_to_avoid_and_nodes_that_are_not_there_are_not_chosen(tmp_path: Pa
     async def body() -> None:
         async with world(tmp_path, edge_spec(policy="sequential"), nodes=3) as here:
             await here.until_decided_by("sequential")
-            chosen = {one.node for one in (await here.decide(*[WINDOW[0]] * 4)).placements}
+            decision = await here.decide(*[WINDOW[0]] * 4)
+            chosen = {one.node for one in decision.placements}
             assert chosen <= {0, 1, 2}
+            await until(lambda: bool(here.board.windows))
+            (logged,) = here.board.windows
+            assert (logged.policy, logged.requests) == ("sequential", (WINDOW[0],) * 4)
+            assert logged.placements == decision.placements
+            assert len(logged.waiting_tflop) == len(logged.memory_used_mb) == 16
+            assert set(logged.closed.values()) == {"is not there"}
+            assert logged.closed.keys() == set(here.network.graph.names[3:])
+            here.board.away = True  # no board: no entry, and a decision all the same
             kept = {one.node for one in (await here.decide(*[WINDOW[0]] * 4, without=(0, 1))).placements}
             assert kept <= {2, -1}
 
