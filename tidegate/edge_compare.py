@@ -89,7 +89,7 @@ async def compare(plan: Plan, stop: asyncio.Event, console: Console) -> Comparis
                     break
                 await gateway.forget(deployment, network)
                 try:
-                    await gateway.use(policy, deployment)
+                    await gateway.use(str(Path(policy).resolve()) if "/" in policy else policy, deployment)
                 except PolicyUnusable as error:
                     left_out[policy] = str(error)
                     console.print(f"{policy} is left out: {error}", style="yellow", highlight=False, markup=False)
