@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import platform
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -170,26 +171,36 @@ def _check(file: Path) -> None:
 
 
 def _summary(figures: "ServiceFigures") -> Table:
+    """Accuracy by configuration and variant, and how long a forward pass takes."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("configuration", "size", *(variant.name for variant in figures.variants)):
-        table.add_column(column, no_wrap=column != "configuration")
+    table.add_column("configuration", no_wrap=True)
+    table.add_column("bytes", no_wrap=True)
+    for variant in figures.variants:
+        table.add_column(variant.name, overflow="fold")
     for place, setting in enumerate(figures.settings):
-        cells = (f"{variant.accuracy[place]:.3f}  {variant.service_ms[place]:.1f} ms" for variant in figures.variants)
+        cells = (f"{variant.accuracy[place]:.3f}" for variant in figures.variants)
         table.add_row(setting.name, f"{figures.size_factor[place]:.3f}", *cells)
+    times = (f"{statistics.median(variant.service_ms):.1f}" for variant in figures.variants)
+    table.add_section()
+    table.add_row("a forward pass, ms", "", *times)
     return table
 
 
 def _write_heat_maps(out: Path, figures: "ServiceFigures") -> Path:
     """Accuracy of each variant and the size factor over both settings (Huang, Figs. 4 to 6), on one page."""
-    maps = [_heat_map(figures, variant.name, variant.accuracy, "accuracy") for variant in figures.variants]
-    maps.append(_heat_map(figures, "data size", figures.size_factor, "share of the highest configuration's bytes"))
+    every = [value for variant in figures.variants for value in variant.accuracy]
+    scale = (min(every), max(every))  # one for all variants: darker is more accurate, whoever it is
+    maps = [_heat_map(figures, variant.name, variant.accuracy, "accuracy", scale) for variant in figures.variants]
+    maps.append(_heat_map(figures, "bytes, of the highest configuration's", figures.size_factor, "share", (0.0, 1.0)))
     parts = [one.to_html(full_html=False, include_plotlyjs=place == 0) for place, one in enumerate(maps)]
     title = f"{figures.service}: accuracy and size over {figures.requests} requests"
     out.write_text(f"<!doctype html><meta charset=utf-8><title>{title}</title><h1>{title}</h1>\n" + "\n".join(parts))
     return out
 
 
-def _heat_map(figures: "ServiceFigures", title: str, values: Sequence[float], meaning: str) -> "go.Figure":
+def _heat_map(
+    figures: "ServiceFigures", title: str, values: Sequence[float], meaning: str, scale: tuple[float, float]
+) -> "go.Figure":
     import plotly.graph_objects as go
 
     first, second = figures.settings[0].varied
@@ -209,6 +220,8 @@ def _heat_map(figures: "ServiceFigures", title: str, values: Sequence[float], me
             text=[[f"{value:.3f}" for value in row] for row in cells],
             texttemplate="%{text}",
             colorscale="Blues",
+            zmin=scale[0],
+            zmax=scale[1],
             colorbar={"title": meaning},
         )
     )

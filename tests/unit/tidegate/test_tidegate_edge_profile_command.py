@@ -45,7 +45,7 @@ def test_a_detection_table_with_its_heat_maps(catalog: Path, tmp_path: Path) -> 
     assert figures["variants"][0]["service_ms"][0] > 0
     page = out.with_suffix(".html").read_text()
     assert "finder" in page
-    assert "data size" in page
+    assert "bytes, of the highest" in page
 
 
 def test_a_tracking_table_from_folders_on_disk(catalog: Path, tmp_path: Path) -> None:
