@@ -134,17 +134,18 @@ def test_users_folders_join_the_catalog_and_names_stay_unique(tmp_path: Path) ->
         load_catalog([tmp_path / "absent"])
 
 
-def test_the_example_in_the_catalogs_readme_is_valid(tmp_path: Path) -> None:
+def test_the_examples_in_the_catalogs_readme_are_valid(tmp_path: Path) -> None:
     readme = (BUILT_IN_FOLDER / "README.md").read_text()
     blocks = [block for block in readme.split("\n\n") if block.startswith("    ")]
     lines = [line[4:] for block in blocks for line in block.splitlines() if line.startswith("    ")]
-    own = "\n".join(lines).split("[emulated]")[0]
+    entries = "\n".join(lines).split('name = "street"')[0]  # then an edge service's: test_models_edge_catalog.py
+    own, _, law_of = entries.partition("[emulated]")
     (tmp_path / "pets.txt").write_text("cat\ndog\n")
     variant = read_variant(write(tmp_path, own, "pets.toml"))
     assert variant.name == "pets_small"
     assert variant.preprocess.resize == 183
     assert variant.accuracy.value == 0.91
-    emulated = own.replace('"onnxruntime"', '"emulated"') + "[emulated]" + "\n".join(lines).split("[emulated]")[1]
+    emulated = own.replace('"onnxruntime"', '"emulated"') + "[emulated]" + law_of
     law = read_variant(write(tmp_path, emulated, "law.toml")).emulated
     assert law is not None
     assert law.cv == 0.3

@@ -131,3 +131,13 @@ def test_a_right_entry_is_taken_as_it_is() -> None:
     found = edge_variant_from(entry(accuracy={"value": 0.5, "source": "measured"}), "here", Path("."))
     assert isinstance(found, EdgeVariant)
     assert (found.labels, found.accuracy.value, found.weights, found.path) == (("cat", "dog"), 0.5, "trained", "")
+
+
+def test_the_example_in_the_catalogs_readme_is_valid(tmp_path: Path) -> None:
+    readme = (BUILT_IN_FOLDER / "README.md").read_text()
+    block = next(block for block in readme.split("\n\n") if 'name = "street"' in block)
+    variant = edge_variant_from(
+        tomllib.loads(block.removeprefix("    ").replace("\n    ", "\n")), "README.md", tmp_path
+    )
+    assert (variant.name, variant.service, variant.labels) == ("street", "detection", ("car", "bus"))
+    assert (variant.short_side, variant.long_side) == (480, 800)
