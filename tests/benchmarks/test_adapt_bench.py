@@ -1,6 +1,6 @@
 """How long the local node's work on a frame takes.
 
-    pytest -m benchmark -s tests/unit/models/test_models_adapt_bench.py
+    pytest -m benchmark -s tests/benchmarks/test_adapt_bench.py
 
 Counted is the processor time of the one thread that does it, which others' work on the machine hardly changes. The
 pictures are smooth with grain, as photographs are.
