@@ -1,6 +1,8 @@
 """How `tidegate edge compare` tells its results: tables on a terminal, and a page with charts where asked."""
 
 import html
+import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -10,11 +12,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tidegate.edge_compare_figures import PolicyFigures
+from tidegate.edge_compare_figures import REAL_PARTS, PolicyFigures
 
 _PIPE_WIDTH: Final = 120
 _NONE: Final = "–"
-_SHOWN_BESIDE: Final = ("window", "decide", "load", "decode", "adapt", "forward", "wait", "compute", "total")
+_FIGURES: Final = re.compile(r"\d[\d.]*(e-?\d+)?")
 _MOST_REASONS: Final = 4
 
 MEANINGS: Final = (
@@ -33,7 +35,12 @@ def print_figures(figures: Sequence[PolicyFigures], title: str, warning: str) ->
     console.print(_table(title, _comparison(figures)))
     for line in MEANINGS:
         console.print(line, style="dim", markup=False)
-    console.print(_table("Real times beside it, ms: mean (99th percentile)", _beside(figures)))
+    console.print(
+        _table(
+            "Real times beside it, ms: mean (99th percentile); wait: for the executor and for the emulated end",
+            _beside(figures),
+        )
+    )
     for text in remarks(figures):
         console.print(text, markup=False, soft_wrap=True)
     if warning:
@@ -53,12 +60,20 @@ def remarks(figures: Sequence[PolicyFigures]) -> Iterator[str]:
     for one in figures:
         decided = ", ".join(f"{count} by {by}" for by, count in sorted(one.decided_by.items()))
         yield f"{one.policy}: {decided or 'nothing answered'}; {one.loads} loads, {one.second_choices} second choices"
-        most = sorted(one.failures.items(), key=lambda item: -item[1])
+        most = _alike(one.failures).most_common()
         for reason, count in most[:_MOST_REASONS]:
             yield f"  {count} × {reason}"
         if len(most) > _MOST_REASONS:
             others = most[_MOST_REASONS:]
             yield f"  and {sum(count for _, count in others)} for {len(others)} other reasons"
+
+
+def _alike(failures: Mapping[str, int]) -> Counter[str]:
+    """Failures by outcome and reason, whatever figures the reasons name."""
+    found: Counter[str] = Counter()
+    for reason, count in failures.items():
+        found[_FIGURES.sub("…", reason)] += count
+    return found
 
 
 def write_page(
@@ -112,12 +127,14 @@ def _comparison(figures: Sequence[PolicyFigures]) -> list[tuple[str, ...]]:
 
 
 def _beside(figures: Sequence[PolicyFigures]) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = [("policy", *_SHOWN_BESIDE, "link queues")]
-    for one in figures:
-        times = [one.beside_s.get(part) for part in _SHOWN_BESIDE]
+    """Rows by part of the real time, a column per policy."""
+    rows: list[tuple[str, ...]] = [("", *(one.policy for one in figures))]
+    for part in REAL_PARTS:
+        times = [one.beside_s.get(part) for one in figures]
         shown = [f"{1e3 * time.mean:.0f} ({1e3 * time.p99:.0f})" if time is not None else _NONE for time in times]
-        queue_s = one.link_queue_s
-        rows.append((one.policy, *shown, _number(None if queue_s is None else 1e3 * queue_s, ".0f")))
+        rows.append((part, *shown))
+    queues_s = [one.link_queue_s for one in figures]
+    rows.append(("emulated queues on links", *(_NONE if one is None else f"{1e3 * one:.0f}" for one in queues_s)))
     return rows
 
 
