@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,18 @@ def test_an_export_is_served_by_its_own_entry(tmp_path: Path) -> None:
     assert found.boxes[:, 2].max() <= 320
     assert found.boxes[:, 3].max() <= 240
     assert (np.diff(found.scores) <= 0).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["faster_rcnn_r50_fpn", "faster_rcnn_r101_fpn", "faster_rcnn_x101_64x4d_fpn"])
+def test_the_papers_networks_export_at_their_full_width(tmp_path: Path, name: str) -> None:
+    """Half a minute each; C4 is left out, whose last stage takes minutes in torch."""
+    variant = export_edge(name, tmp_path, weights="random", precision="float32")
+    found = re.search(r"(\d+) of (\d+) boxes agree", (tmp_path / "edge" / f"{name}.toml").read_text())
+    assert found is not None
+    assert found[1] == found[2]
+    assert int(found[1]) > 100
+    assert Path(variant.path).stat().st_size / 2**20 == pytest.approx(variant.memory_mb, rel=0.01)
 
 
 @pytest.mark.usefixtures("narrow")
