@@ -3,7 +3,7 @@
 import html
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from tidegate.edge_compare_figures import REAL_PARTS, PolicyFigures
+from tidegate.edge_compare_figures import REAL_PARTS, PolicyFigures, ServiceFigures
 
 _PIPE_WIDTH: Final = 120
 _NONE: Final = "–"
@@ -20,10 +20,9 @@ _FIGURES: Final = re.compile(r"\d[\d.]*(e-?\d+)?")
 _MOST_REASONS: Final = 4
 
 MEANINGS: Final = (
-    "reward: Eq. 21 summed over all requests, -100 for each that was not answered in time; foreseen: by what the",
-    "environment predicted when it decided · acc.: expected by the tables; mAP, MOTA: of what was really answered",
-    "delay: emulated seconds, Eq. 6 (access, links, queue, computing) · cost: thousandths of a dollar, Eq. 11 · both,",
-    "and acc., are means over the answers in time",
+    "reward: summed over all requests, -100 for each that was not answered in time · foreseen: by the environment when",
+    "it decided · accuracy: expected by the tables; measured: of what was really answered, against the scenes' truth",
+    "delay: emulated (Eq. 6: access, links, queue, computing) · cost: Eq. 11 · means are over the answers in time",
 )
 
 
@@ -105,25 +104,37 @@ def write_page(
 
 
 def _comparison(figures: Sequence[PolicyFigures]) -> list[tuple[str, ...]]:
-    """Rows of the comparison, its head first."""
-    scores = _score_names(figures)
-    rows = [("policy", "failed", "reward", "foreseen", "acc.", *scores, "delay", "foreseen", "cost")]
-    for one in figures:
-        measured = {s.measured.name: s.measured.value for s in one.services.values() if s.measured is not None}
-        rows.append(
-            (
-                one.policy,
-                f"{one.failure_ratio:.1%}",
-                f"{one.reward:.2f}",
-                f"{one.predicted_reward:.2f}",
-                _number(one.accuracy, ".3f"),
-                *(_number(measured.get(name), ".3f") for name in scores),
-                _number(one.delay_s, ".3f"),
-                _number(one.predicted_delay_s, ".3f"),
-                _number(None if one.cost_usd is None else 1e3 * one.cost_usd, ".2f"),
-            )
-        )
+    """Rows by figure, a column per policy; the head first."""
+
+    def row(name: str, value: Callable[[PolicyFigures], float | None], how: str) -> tuple[str, ...]:
+        return (name, *(_number(value(one), how) for one in figures))
+
+    rows = [("", *(one.policy for one in figures))]
+    rows += [
+        row("reward, Eq. 21", lambda one: one.reward, ".2f"),
+        row("  foreseen", lambda one: one.predicted_reward, ".2f"),
+        row("not in time", lambda one: one.failure_ratio, ".1%"),
+        row("accuracy", lambda one: one.accuracy, ".3f"),
+    ]
+    for name in sorted({name for one in figures for name in one.services}):
+        mine = [one.services[name] for one in figures]
+        rows.append((f"  {name}, expected", *(_number(one.expected_accuracy, ".3f") for one in mine)))
+        rows.append((f"  {name}, measured", *(_measured(one) for one in mine)))
+    rows += [
+        row("delay, s", lambda one: one.delay_s, ".3f"),
+        row("  foreseen", lambda one: one.predicted_delay_s, ".3f"),
+        row("cost, 0.001 USD", lambda one: _thousandths(one.cost_usd), ".3f"),
+        row("  foreseen", lambda one: _thousandths(one.predicted_cost_usd), ".3f"),
+    ]
     return rows
+
+
+def _measured(service: ServiceFigures) -> str:
+    return f"{service.measured.name} {service.measured.value:.3f}" if service.measured is not None else _NONE
+
+
+def _thousandths(usd: float | None) -> float | None:
+    return None if usd is None else 1e3 * usd
 
 
 def _beside(figures: Sequence[PolicyFigures]) -> list[tuple[str, ...]]:
@@ -178,7 +189,7 @@ def _number(value: float | None, how: str) -> str:
 def _table(title: str, rows: Sequence[Sequence[str]]) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for place, head in enumerate(rows[0]):
-        table.add_column(head, justify="right" if place else "left", no_wrap=True)
+        table.add_column(head, justify="right" if place else "left")
     for row in rows[1:]:
         table.add_row(*row)
     return table
