@@ -94,7 +94,7 @@ def test_what_hisper_sequential_learned_beats_the_rule_that_it_starts_from(per_s
     assert rewards[1] > rewards[0]
 
 
-@pytest.mark.parametrize(("name", "per_service"), [("prices", 4), ("prices", 5), ("hisper", 4)])
+@pytest.mark.parametrize(("name", "per_service"), [("prices", 4), ("prices", 5), ("hisper", 4), ("hisper", 5)])
 def test_what_blind_agents_learned_beats_the_convention_that_they_started_from(name: str, per_service: int) -> None:
     load = Load(per_service=per_service)
     slots = evaluation_slots(NETWORK, load, 200, 2)[1]
