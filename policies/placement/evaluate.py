@@ -32,7 +32,8 @@ def build_policy(
 ) -> PlacementPolicy:
     """A policy by name; a learned one from `artifacts`, or from the path that the name is (without suffix).
 
-    Raises ValueError for an unknown name and ArtifactError where no artifact fits.
+    `artifacts` holds those for Huang's setting, its folders those for deployments (edge4, ...): the first that fits the
+    network is taken. Raises ValueError for an unknown name and ArtifactError where no artifact fits.
     """
     if name == "random":
         return RandomRule(network)
@@ -50,13 +51,22 @@ def build_policy(
         from policies.placement.exact import Exact
 
         return Exact(network) if name == "exact" else Exact(network, 0.03, beam_width=32, name=name, most_actions=8)
-    if name in LEARNED:
-        path = _artifact_path(artifacts, name, load.per_service * len(network.tables))
-    elif "/" in name:
-        path = Path(name)
-        name = path.name
-    else:
+    if "/" in name:
+        return _learned(Path(name).name, Path(name), network, load)
+    if name not in LEARNED:
         raise ValueError(f"policy {name!r} is unknown; use one of {', '.join(ALL)}, all, or an artifact's path")
+    misfits: list[str] = []
+    for folder in (artifacts, *sorted(path for path in artifacts.iterdir() if path.is_dir())):
+        try:
+            path = _artifact_path(folder, name, load.per_service * len(network.tables))
+            return _learned(name, path, network, load)
+        except ArtifactError as error:
+            misfits.append(str(error))
+    raise ArtifactError(misfits[0])
+
+
+def _learned(name: str, path: Path, network: EdgeNetwork, load: Load) -> PlacementPolicy:
+    """The learned policy at `path` (without suffix). Raises ArtifactError where it does not fit."""
     if _kind(path) == "prices":
         return PricedAgents(network, load_prices(path, network, load.per_service * len(network.tables)), name)
     artifact = load_artifact(path, network)

@@ -4,8 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
+from policies.placement.actors import LearnedPolicy
+from policies.placement.contract import ArtifactError
 from policies.placement.deployed import experiment, graph_of, network_of
+from policies.placement.evaluate import build_policy
 from policies.placement.graph import GraphError, eua16
 from policies.placement.tables import TableError
 from policies.placement.workload import Load
@@ -16,6 +20,7 @@ NODES = tuple(
     EdgeNodeSpec(name=name, latitude=-37.8, longitude=144.9, tflops=tflops, memory_mb=512, uplink_mbps=48)
     for name, tflops in (("b", 1.0), ("a", 0.5))
 )
+LINKS = tuple(EdgeLinkSpec(between=("b", end), bandwidth_mbps=100) for end in ("a", "c"))
 SERVICES = {"pictures": EdgeServiceSpec(table="detection"), "tracking": EdgeServiceSpec(table="tracking")}
 
 
@@ -56,3 +61,13 @@ def test_a_deployment_without_an_edge_trains_nothing(tmp_path: Path) -> None:
         experiment(str(DEPLOYMENTS / "digits.toml"), 4)
     with pytest.raises(GraphError, match="cannot be read"):
         experiment(str(tmp_path / "none.toml"), 4)
+
+
+def test_a_learned_policy_is_found_for_the_network_that_it_was_trained_for() -> None:
+    for graph, trained_for in (("eua16", 16), (str(DEPLOYMENTS / "edge4.toml"), 4)):
+        policy = build_policy("hisper-sequential", *experiment(graph, 4))
+        assert isinstance(policy, LearnedPolicy)
+        assert policy.artifact.actions[2] == trained_for
+    three = EdgeSpec(services=SERVICES, nodes=(*NODES, replace(NODES[0], name="c")), links=LINKS)
+    with pytest.raises(ArtifactError, match=r"hisper-sequential: trained on layout"):
+        build_policy("hisper-sequential", network_of(three), Load())
