@@ -232,6 +232,22 @@ def test_the_scheduler_is_killed_and_nothing_is_lost(system: RunningSystem) -> N
     asyncio.run(run())
 
 
+def test_the_board_is_killed_and_nothing_is_lost(system: RunningSystem) -> None:
+    async def run() -> None:
+        async with client() as session:
+            pid = system.pid("board")
+            told: list[Told] = []
+            for n in range(40):
+                told.append(await ask(session, system, "detection", IMAGE, JPEG, "abcd"[n % 4]))
+                if n == 5:
+                    os.kill(pid, signal.SIGKILL)
+            assert Counter(one.status for one in told) == {200: 40}
+            await _settled(system)  # the board that came back empty has been filled again
+            await assert_edge_conserved(session, system)
+
+    asyncio.run(run())
+
+
 def test_a_node_is_killed_with_requests_and_all_are_answered(system: RunningSystem) -> None:
     async def run() -> None:
         async with client() as session:
