@@ -203,7 +203,7 @@ class GuardedConnection(HttpToolsProtocol):
         latest: RequestResponseCycle | Exchange = self.cycle
         if isinstance(latest, Exchange):
             latest.take(body)
-            if len(body) >= BREATHE_BYTES:
+            if latest.breathes and len(body) >= BREATHE_BYTES:
                 self._flow.breathe(self.loop)
         else:
             super().on_body(body)

@@ -45,6 +45,7 @@ class EdgeExchange(Exchange):
     """One edge request and its answer. Its body counts among the gateway's uploads until it has ended."""
 
     __slots__ = ("_account", "_local", "_net", "_service")
+    breathes = True
 
     _account: Account | None
     _local: int

@@ -82,6 +82,8 @@ class Exchange:
         "response_complete",
     )
     message_event = _Nobody()
+    breathes = False
+    """Whether others are served between the pieces of its body, at the price of a millisecond for each."""
 
     def __init__(
         self,
