@@ -19,7 +19,7 @@ from typing import Final
 
 import msgspec
 
-from gateway.edge_decide import Decider
+from gateway.edge_decide import Decider, could_not_load
 from gateway.edge_overhead import Overhead
 from gateway.edge_request import Choice, EdgeAnswered, EdgeEnd, EdgeRequest, Net, OnEdgeEnd
 from gateway.edge_sizes import Sizes
@@ -244,6 +244,13 @@ class EdgeDispatcher:
 
     def replied(self, sent: _Sent, answer: Frame | LinkClosed) -> None:
         """An attempt has ended: the answer, a second choice, or the request's end."""
+        try:
+            self._take(sent, answer)
+        except Exception as error:  # the link that called has others to tell
+            log.exception("request %s: its reply could not be taken", sent.request.id)
+            self._over(sent.request, error)
+
+    def _take(self, sent: _Sent, answer: Frame | LinkClosed) -> None:
         request, choice = sent.request, sent.choice
         net = request.net
         request.stage = None
@@ -253,7 +260,7 @@ class EdgeDispatcher:
             self._attempts[entry, Attempt.LOST] += 1
             self._shunned[entry] = now_s + SHUN_S
             lost = Refused(Outcome.UNAVAILABLE, f"edge node {entry} died, and no other could take the request in time")
-            self._again_or(request, choice, choice.entry, lost)
+            self._again_or(request, choice, choice.entry, None, lost)
             return
         try:
             reply = _decode_reply(answer.meta)
@@ -277,9 +284,10 @@ class EdgeDispatcher:
         if attempt not in (Attempt.BOUNCED, Attempt.LOST):
             refused = Refused(Outcome(attempt), reply.reason or attempt.name, reply.http_status)
         if attempt in TRY_AGAIN:
-            decided = choice.placement.node
-            self._shunned[net.network.graph.names[decided]] = now_s + SHUN_S
-            self._again_or(request, choice, decided, refused)
+            if attempt is not Attempt.UNAVAILABLE:  # that is about this request; the node's status says the rest
+                self._shunned[net.network.graph.names[choice.placement.node]] = now_s + SHUN_S
+            without = choice.placement.variant if could_not_load(request, choice, reply) else None
+            self._again_or(request, choice, choice.placement.node, without, refused)
         else:
             self._over(request, refused)
 
@@ -294,16 +302,18 @@ class EdgeDispatcher:
 
     # second choices
 
-    def _again_or(self, request: EdgeRequest, choice: Choice, avoid: int, refused: Refused) -> None:
-        """Once more, without the node `avoid`; else the request's end as it is."""
-        second = None if choice.second else self._second_choice(request, avoid)
+    def _again_or(
+        self, request: EdgeRequest, choice: Choice, avoid: int, without: int | None, refused: Refused
+    ) -> None:
+        """Once more, without the node `avoid` and the variant `without`; else the request's end as it is."""
+        second = None if choice.second else self._second_choice(request, avoid, without)
         if second is None:
             self._over(request, refused)
             return
         self._second_choices += 1
         self._send(request, second)
 
-    def _second_choice(self, request: EdgeRequest, avoid: int) -> Choice | None:
+    def _second_choice(self, request: EdgeRequest, avoid: int, without: int | None) -> Choice | None:
         net, now_s = request.net, time.monotonic()
         left_s = request.deadline_s - now_s
         entry = self._view.entry(net, request.local)
@@ -312,7 +322,7 @@ class EdgeDispatcher:
         closed = {**self._closed(net, [entry], now_s), avoid: "failed this request"}
         left_s -= self._overhead.allowance_s(now_s, left_s)
         asked = edge_records.EdgeRequest(request.service, entry, left_s, self._data_mb(request))
-        placement = self._decider.decide_second(net, asked, closed)
+        placement = self._decider.decide_second(net, asked, closed, without)
         if placement.node < 0:
             return None
         return Choice(placement, entry, net.alone.name, "gateway", second=True)

@@ -9,12 +9,15 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from gateway.edge_request import Decided, Net
+from gateway import edge_request
+from gateway.edge_request import Choice, Decided, Net
 from gateway.edge_view import EdgeView
-from policies.placement.live import Loads, OnTheWay, loads_of, place_window
-from protocol.edge_records import Decide, Decision, EdgeRequest, Placement
+from policies.placement.live import Loads, OnTheWay, loads_of, place_window, without_variant
+from policies.placement.rules import Sequential
+from protocol.edge_records import Decide, Decision, EdgeReply, EdgeRequest, Placement
 from protocol.frames import Kind
 from protocol.link import LinkClosed
+from protocol.outcomes import Attempt
 
 log = logging.getLogger("gateway.edge_decide")
 
@@ -50,9 +53,18 @@ class Decider:
         self._of(net).add(requests, placements, now_s)
         return Decided(placements, policy, by, now_s - began_s)
 
-    def decide_second(self, net: Net, request: EdgeRequest, closed: Mapping[int, str]) -> Placement:
-        """One request again, at once and by `sequential`."""
-        placement = self._place(net, [request], self._loads(net, closed))[0]
+    def decide_second(
+        self, net: Net, request: EdgeRequest, closed: Mapping[int, str], without: int | None
+    ) -> Placement:
+        """One request again, at once and by `sequential`; `without` a variant of its service if one is given."""
+        network = net.network
+        service = net.service_of[request.service]
+        if without is not None:
+            network = without_variant(network, service, without)
+            if not network.valid[service].any():
+                return Placement(reason="its service has no other variant")
+        loads = self._loads(net, closed)
+        placement = place_window(network, Sequential(network), [request], loads, net.edge.per_service, _rng)[0]
         self._of(net).add([request], [placement], time.monotonic())
         return placement
 
@@ -100,3 +112,21 @@ class Decider:
         if self._moving is None or self._moving[0] is not net:
             self._moving = net, OnTheWay(net.network)
         return self._moving[1]
+
+
+def could_not_load(request: edge_request.EdgeRequest, choice: Choice, reply: EdgeReply) -> bool:
+    """Whether the decided node refused a variant for which it has room: then the variant is at fault, not the node."""
+    network, placement, status = request.net.network, choice.placement, reply.status
+    service = request.net.service_of[request.service]
+    table = network.tables[service]
+    name = table.variants[placement.variant]
+    if status.node != network.graph.names[placement.node] or status.draining or reply.attempt != Attempt.UNAVAILABLE:
+        return False
+    if name in status.deployed or name in status.loading:
+        return False
+    sizes_mb = {
+        one: float(mb) for other in network.tables for one, mb in zip(other.variants, other.memory_mb, strict=True)
+    }
+    free_mb = float(network.graph.memory_mb[placement.node]) - status.memory_used_mb
+    free_mb += sum(sizes_mb.get(one, 0.0) for one in status.idle)
+    return free_mb >= sizes_mb[name] + reply.adapted_mb

@@ -5,6 +5,7 @@ or reads a clock.
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar, cast
 
@@ -71,6 +72,14 @@ def loads_of(
         elif status.length >= queue_capacity:
             shut[k] = "has a full queue"
     return loads
+
+
+def without_variant(network: EdgeNetwork, service: int, variant: int) -> EdgeNetwork:
+    """The same network, on which nobody may choose that variant of that service."""
+    reduced = copy(network)
+    reduced.valid = network.valid.copy()
+    reduced.valid[service, :, variant] = False
+    return reduced
 
 
 def _columns(network: EdgeNetwork) -> dict[str, tuple[list[int], float]]:

@@ -362,9 +362,32 @@ def test_a_node_that_refuses_leads_to_one_second_choice_without_it(tmp_path: Pat
             assert told["decision"]["second_choice"] is True
             assert here.gateway.edge.counts().second_choices == 1
             assert second.budget_s < first.budget_s
-            again = await here.answer(here.ask(headers={"x-edge-node": "middle"}))  # at once: it is still avoided
-            assert again["decision"]["second_choice"] is False
+            again = await here.answer(here.ask(headers={"x-edge-node": "middle"}))
+            # A full node is avoided for a moment; what is unavailable to one may be right for the next.
+            assert again["decision"]["second_choice"] is (attempt is Attempt.UNAVAILABLE)
             assert tally(here.gateway) == {"OK": 2}
+
+    run(body)
+
+
+def test_a_variant_that_cannot_be_loaded_is_not_chosen_twice(tmp_path: Path) -> None:
+    """A node with room for it refused it: the second choice is another variant, and no node is blamed."""
+    refused: list[int] = []
+
+    def script(asked: EdgeInfer, payload: bytes) -> tuple[EdgeReply, bytes]:
+        status = NodeStatus(NODES[asked.node], memory_used_mb=100.0)
+        if not refused or asked.variant == refused[0]:
+            refused.append(asked.variant)
+            return EdgeReply(Attempt.UNAVAILABLE, status, reason="the variant cannot be loaded"), b""
+        return EdgeReply(Attempt.OK, status, adapted_mb=0.1), b'{"detections":[]}'
+
+    async def body() -> None:
+        async with world(tmp_path, script) as here:
+            told = await here.answer(here.ask())
+            assert told["decision"]["second_choice"] is True
+            first, second = (asked.variant for asked, _ in here["north"].asked)
+            assert first == refused[0] != second
+            assert not here.gateway.edge._closed(here.gateway.edge_view.net, [0], 0.0)  # type: ignore[arg-type]
 
     run(body)
 

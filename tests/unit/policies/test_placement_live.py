@@ -7,7 +7,7 @@ from policies.placement.contract import REJECT, IntArray, Slots
 from policies.placement.edge_network import EdgeNetwork
 from policies.placement.evaluate import build_policy
 from policies.placement.graph import eua16
-from policies.placement.live import HANDLING_S, Loads, OnTheWay, loads_of, place_window
+from policies.placement.live import HANDLING_S, Loads, OnTheWay, loads_of, place_window, without_variant
 from policies.placement.rules import Sequential
 from policies.placement.tables import shipped_tables
 from policies.placement.window import Request, window_slots
@@ -182,3 +182,11 @@ def test_deciding_leaves_the_loads_as_they_are() -> None:
     assert (here.memory_used_mb == 100.0).all()
     assert (here.waiting_tflop == 0.0).all()
     assert not here.deployed.any()
+
+
+def test_a_variant_can_be_ruled_out_for_one_service() -> None:
+    best = place_window(NETWORK, Sequential(NETWORK), DETECTION[:1], loads(), 4, RNG)[0].variant
+    reduced = without_variant(NETWORK, 0, best)
+    assert place_window(reduced, Sequential(reduced), DETECTION[:1], loads(), 4, RNG)[0].variant != best
+    assert NETWORK.valid[0, :, best].any()
+    assert (reduced.valid[1] == NETWORK.valid[1]).all()
