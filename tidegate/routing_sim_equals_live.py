@@ -1,8 +1,8 @@
 """`tidegate routing sim-equals-live`: one seeded trace through real processes and through the simulator, and the gap.
 
 Goodput is expected on both sides (accuracy summed over the requests in time, no sampling of labels). The simulator runs
-the same arrivals many times over other draws and service times, with slots where the live scheduler's were: its mean is
-compared, and its spread says how much of a gap one live run may owe to chance.
+the same arrivals, at the times at which they left, many times over other draws and service times, with slots where the
+live scheduler's were: its mean is compared, and its spread says how much of a gap one live run may owe to chance.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 import numpy as np
 import typer
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
@@ -121,7 +122,7 @@ def _compared(
 ) -> Comparison:
     """The run beside the simulator's; the trace began `shift_s` after a slot's start."""
     accuracy = {kind.variant: kind.accuracy for kind in service.kinds}
-    simulated = _simulated(service, router, trace, shift_s, repetitions, seed)
+    simulated = _simulated(service, router, trace, record.sent_s, shift_s, repetitions, seed)
     phases = ("overall", *trace.arrivals.phase_names)
     return Comparison(
         router=router,
@@ -180,16 +181,23 @@ def live_figures(record: RunRecord, accuracy: dict[str, float], phase: str) -> F
 
 
 def _simulated(
-    service: "ServiceModel", router: str, trace: Trace, shift_s: float, repetitions: int, seed: int
+    service: "ServiceModel",
+    router: str,
+    trace: Trace,
+    sent_s: NDArray[np.float64],
+    shift_s: float,
+    repetitions: int,
+    seed: int,
 ) -> dict[str, list[Figures]]:
     from policies.routing.evaluate import evaluate
     from policies.routing.learned import load_policy
     from policies.routing.queueing_model import trace_arrivals
 
+    # As they left: a generator on a busy machine sends late and in clumps, which is no fault of the system.
     # In the simulator a slot starts at 0: the trace starts as long after that as it did live.
     drawn = trace.arrivals
-    phase = None if drawn.phase is None else drawn.phase.astype(np.int64)
-    arrivals = trace_arrivals(drawn.time_s + shift_s, phase, drawn.phase_names or ("all",))
+    phase = None if drawn.phase is None else drawn.phase[: len(sent_s)].astype(np.int64)
+    arrivals = trace_arrivals(sent_s + shift_s, phase, drawn.phase_names or ("all",))
     policy = load_policy(router, service.kinds) if router.startswith("learned") else None
     found: dict[str, list[Figures]] = {}
     for number in range(repetitions):
