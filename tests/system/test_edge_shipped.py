@@ -24,7 +24,7 @@ from models.edge_items import scene_clips, scene_stills
 from policies.placement.deployed import network_of
 from protocol.deployment import read_deployment
 from protocol.edge_records import Emulation
-from tests.fakes.edge_system import JPEG, Told, ask, assert_edge_conserved
+from tests.fakes.edge_system import JPEG, Told, ask, assert_edge_conserved, node_statuses
 from tests.fakes.running_system import RunningSystem, any_port, client, until
 from tests.system.test_examples_in_docs import blocks
 from tidegate.edge_compare_figures import largest_difference
@@ -202,6 +202,18 @@ def test_an_interrupted_comparison_tells_what_was_done_and_puts_the_deployment_b
 
     async def conserved() -> None:
         async with client() as session:
-            await assert_edge_conserved(session, system)
+
+            async def at_rest() -> bool:
+                statuses = (await node_statuses(system)).values()
+                return not (await system.state(session))["in_flight"] and not any(one.length for one in statuses)
+
+            await until(at_rest, 30.0, "requests are still in flight")
+            state = await system.state(session)
+            assert state["arrived"] == sum(sum(ends.values()) for ends in state["outcomes"].values())
+            statuses = (await node_statuses(system)).values()
+            assert all(one.arrived == sum(one.counts) for one in statuses)
+            # A cancelled attempt stands in the gateway's books at its entry, in the nodes' where it then was.
+            attempts = sum(sum(ends.values()) for ends in state["edge"]["requests"]["attempts"].values())
+            assert sum(one.arrived for one in statuses) == attempts
 
     asyncio.run(conserved())
