@@ -35,6 +35,8 @@ _ACCEPTED = "image/jpeg, image/png, video/mp4, video/x-motion-jpeg or multipart/
 _SOI = b"\xff\xd8\xff"
 _PNG = b"\x89PNG"
 _LARGEST_GAP = 4096  # bytes between two JPEGs: headers of a camera's stream, padding
+_MOST_SEGMENTS = 4096, 64  # of JPEGs to be taken apart: in any case, and more for each one; plain ones have about ten
+_PADDING = re.compile(rb"\xff+")
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # in entropy-coded data: neither a stuffed 0xff nor a restart
 
 
@@ -90,15 +92,19 @@ def open_clip(payload: bytes | Sequence[bytes], content_type: str, limits: Limit
 def split_jpegs(payload: bytes, limits: Limits) -> tuple[bytes, ...]:
     """The JPEGs that stand one after another in `payload`, in order, undecoded.
 
-    Follows the segments' lengths, so that a thumbnail inside a header ends no picture. Raises `InvalidInput`.
+    Follows the segments' lengths, so that a thumbnail inside a header ends no picture. Raises `InvalidInput`, also for
+    more segments than pictures have: a body of nothing else would keep the interpreter busy for half a minute.
     """
     found: list[bytes] = []
+    at_least, for_each = _MOST_SEGMENTS
+    left = at_least
     start = payload.find(_SOI, 0, _LARGEST_GAP)
     if start < 0:
         raise InvalidInput("the clip does not begin with a JPEG: send JPEG images one after another")
     while start >= 0:
         limits.check_frames(len(found) + 1)
-        end = _end_of_jpeg(payload, start, len(found) + 1)
+        left += for_each
+        end, left = _end_of_jpeg(payload, start, len(found) + 1, left)
         found.append(payload[start:end])
         start = payload.find(_SOI, end, end + _LARGEST_GAP)
         if start < 0 and len(payload) - end > _LARGEST_GAP:
@@ -171,8 +177,8 @@ def _fps_of(content_type: str) -> float:
     return fps
 
 
-def _end_of_jpeg(payload: bytes, start: int, number: int) -> int:
-    """The place after the JPEG that begins at `start`. Raises `InvalidInput`."""
+def _end_of_jpeg(payload: bytes, start: int, number: int, segments: int) -> tuple[int, int]:
+    """The place after the JPEG that begins at `start`, and what is left of `segments`. Raises `InvalidInput`."""
     place = start + 2
     cut = InvalidInput(f"frame {number} of the clip is cut off: its JPEG has no end")
     while True:
@@ -182,10 +188,15 @@ def _end_of_jpeg(payload: bytes, start: int, number: int) -> int:
             raise InvalidInput(f"frame {number} of the clip is damaged: no JPEG marker where one must stand")
         code = payload[place + 1]
         if code == 0xD9:  # end of image
-            return place + 2
+            return place + 2, segments
         if code == 0xFF:  # padding before a marker
-            place += 1
+            padding = _PADDING.match(payload, place)
+            assert padding is not None, "it begins here"
+            place = padding.end() - 1
             continue
+        segments -= 1
+        if segments < 0:
+            raise InvalidInput(f"frame {number} of the clip is no picture: its JPEG is nothing but markers")
         if place + 4 > len(payload):
             raise cut
         place += 2 + max(2, int.from_bytes(payload[place + 2 : place + 4], "big"))

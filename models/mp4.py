@@ -6,6 +6,7 @@ address is ever opened on a clip's behalf (references from one file to another a
 
 import contextlib
 import io
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     import av.video
 
 _FIRST_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"})
+_COUNTS = re.compile(rb"(?:(?:stsz|stz2).{8}|trun.{4})(.{4})", re.DOTALL)
+"""Where an index says how many samples it has: the reader makes an entry of each, however few bytes promise them."""
+_MOST_SAMPLES = 1_000_000
+"""Of all tracks together. The reader takes about 70 bytes and 0.3 microseconds for each, before anybody can refuse."""
+_MOST_BOXES = 100_000
+"""In a row. A file with a fragment for every frame has two for each."""
 
 
 class Mp4Facts(msgspec.Struct, frozen=True):
@@ -81,9 +88,12 @@ def write_mp4(frames: Sequence[Frame], fps: float, codec: str = "libx264", rate_
 
 def _check_boxes(payload: bytes) -> None:
     """An MP4 is a row of boxes with lengths: find out here what a decoder would pass over in silence (a cut end)."""
-    place = 0
+    place = boxes = samples = 0
     kinds: set[bytes] = set()
     while place < len(payload):
+        boxes += 1
+        if boxes > _MOST_BOXES:
+            raise InvalidInput(f"the clip has more than {_MOST_BOXES} boxes: send it whole, not in fragments", 413)
         size = int.from_bytes(payload[place : place + 4], "big")
         kind = payload[place + 4 : place + 8]
         if size == 1:  # 64 bits, after the kind
@@ -95,9 +105,21 @@ def _check_boxes(payload: bytes) -> None:
         if size < 8 or len(kind) < 4 or place + size > len(payload):
             raise InvalidInput(f"the clip is cut off or damaged at byte {place} of {len(payload)}: send it whole")
         kinds.add(kind)
+        if kind != b"mdat":
+            samples += _samples(payload, place, place + size)
+            if samples > _MOST_SAMPLES:
+                remedy = "send a shorter one, without its sound"
+                raise InvalidInput(f"the clip's index has {samples} samples: at most {_MOST_SAMPLES}; {remedy}", 413)
         place += size
     if b"moov" not in kinds:
         raise InvalidInput("the clip has no index (no moov box): it was cut off or never finished")
+
+
+def _samples(payload: bytes, start: int, end: int) -> int:
+    """How many samples the indices in this box promise together, wherever they stand in it. Raises `InvalidInput`."""
+    if payload.find(b"cmov", start, end) >= 0:
+        raise InvalidInput("the clip's index is compressed (cmov): send it as cameras and encoders write it", 415)
+    return sum(int.from_bytes(one[1], "big") for one in _COUNTS.finditer(payload, start, end))
 
 
 @contextlib.contextmanager

@@ -277,6 +277,52 @@ def test_frames_stop_at_the_limit_and_not_after_it() -> None:
     assert caught.value.status == 413
 
 
+def box(kind: bytes, *parts: bytes) -> bytes:
+    """One box of an MP4."""
+    return struct.pack(">I", 8 + sum(map(len, parts))) + kind + b"".join(parts)
+
+
+def test_an_index_that_promises_millions_of_samples_is_refused_before_the_reader_makes_them() -> None:
+    """24 kB took 4 GB and 18 s in the reader, where no limit and no cancellation reaches."""
+    whole = write_mp4(moving(), 10.0)
+    claims = bytearray(whole)
+    for kind, offset, value in (
+        (b"stsz", 8, 1),
+        (b"stsz", 12, 60_000_000),
+        (b"stsc", 16, 60_000_000),
+        (b"stts", 12, 60_000_000),
+    ):
+        place = whole.index(kind) + offset
+        claims[place : place + 4] = struct.pack(">I", value)
+    run = box(b"trun", bytes(4), struct.pack(">I", 60_000_000))
+    fragment = box(b"moof", box(b"traf", box(b"tfhd", bytes(8)), run))
+    for body in (bytes(claims), whole + fragment):
+        refusal = refused(body, "video/mp4")
+        assert refusal.status == 413
+        assert "samples" in refusal.reason
+    hidden = refused(whole.replace(b"udta", b"cmov"), "video/mp4")
+    assert (hidden.status, "cmov" in hidden.reason) == (415, True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        ("video/x-motion-jpeg", b"\xff\xd8" + b"\xff\xe0\x00\x02" * 250_000),
+        ("video/x-motion-jpeg", b"\xff\xd8" + b"\xff\xda\x00\x02" * 250_000),
+        ("video/mp4", b"\x00\x00\x00\x08ftyp" + b"\x00\x00\x00\x08free" * 250_000),
+    ],
+)
+def test_a_body_of_nothing_but_markers_is_not_read_to_its_end(kind: str, body: bytes) -> None:
+    refusal = refused(body, kind)
+    assert "nothing but markers" in refusal.reason or "boxes" in refusal.reason
+
+
+def test_any_padding_may_stand_before_a_marker() -> None:
+    one = encode_jpeg(moving(1)[0], 80)
+    padded = one[:2] + b"\xff" * 1_000_000 + one[2:]
+    assert split_jpegs(padded + one, LIMITS) == (padded, one)
+
+
 def test_many_threads_decode_the_same_clip_alike() -> None:
     payload = write_mp4(moving(), 15)
     expected = [frame.sum() for frame in open_clip(payload, "video/mp4", LIMITS).frames()]
