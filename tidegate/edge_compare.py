@@ -89,13 +89,15 @@ async def compare(plan: Plan, stop: asyncio.Event, console: Console) -> Comparis
                     break
                 await gateway.forget(deployment, network)
                 try:
-                    await gateway.use(str(Path(policy).resolve()) if "/" in policy else policy, deployment)
+                    await gateway.use(_whole(policy), deployment)
                 except PolicyUnusable as error:
                     left_out[policy] = str(error)
                     console.print(f"{policy} is left out: {error}", style="yellow", highlight=False, markup=False)
                     continue
                 if plan.rehearse:
                     await gateway.send(workload.rehearsal(plan.rehearse), network, lambda n, ends: None, stop)
+                if stop.is_set():
+                    break
                 loads = await gateway.until_idle_again()
                 with _progress(console, policy, len(workload.arrivals)) as show:
                     sent = await gateway.send(workload, network, lambda n, ends: show(n, _ends(ends)), stop)
@@ -106,6 +108,11 @@ async def compare(plan: Plan, stop: asyncio.Event, console: Console) -> Comparis
             with contextlib.suppress(GatewayError):  # it has gone: there is nothing to restore
                 await gateway.put(deployment)
     return _told(plan, workload, deployment, url, done, left_out)
+
+
+def _whole(policy: str) -> str:
+    """A trained policy's path from the root on: the scheduler may have another working directory."""
+    return str(Path(policy).resolve()) if "/" in policy else policy
 
 
 def _told(
