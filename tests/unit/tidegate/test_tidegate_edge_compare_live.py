@@ -130,6 +130,7 @@ def _edge(policy: str, by: str, reason: str = "", *, length: int = 0, ready: boo
 def test_a_policy_is_waited_for_until_it_places_on_idle_nodes(deployment: Deployment) -> None:
     gateway = Scripted(
         _edge("sequential", "sequential"),
+        _edge("sequential", "beam"),
         _edge("beam", "sequential", "beam is being loaded"),
         _edge("beam", "beam", ready=False),
         _edge("beam", "beam", length=1),
