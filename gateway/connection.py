@@ -203,7 +203,7 @@ class GuardedConnection(HttpToolsProtocol):
         latest: RequestResponseCycle | Exchange = self.cycle
         if isinstance(latest, Exchange):
             latest.take(body)
-            if latest.breathes and len(body) >= BREATHE_BYTES:
+            if len(body) >= BREATHE_BYTES and latest.breathes:
                 self._flow.breathe(self.loop)
         else:
             super().on_body(body)
@@ -234,10 +234,11 @@ class GuardedConnection(HttpToolsProtocol):
     # exchanges
 
     def _open_exchange(self, path: bytes) -> None:
-        edge = self.gateway.edge_view.services
-        kind = EdgeExchange if edge and unquote(path[len(_INFER) :].decode("latin-1")) in edge else Exchange
-        exchange = kind(
-            self.gateway,
+        gateway, make = self.gateway, Exchange
+        if gateway.edge_services and unquote(path[len(_INFER) :].decode("latin-1")) in gateway.edge_services:
+            make = EdgeExchange
+        exchange = make(
+            gateway,
             self,
             self.parser.get_method().decode("ascii"),
             path.decode("latin-1"),

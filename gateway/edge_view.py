@@ -37,7 +37,7 @@ class EdgeView:
 
     def __init__(self, board: Board) -> None:
         self.links = NodeLinks(board, self._nodes_changed)
-        self.services: dict[str, EdgeServiceSpec] = {}
+        self.services: dict[str, EdgeServiceSpec] = {}  # always this one object: every request looks into it
         self.net: Net | None = None
         self.fault = ""
         self.controller: ControllerRecord | None = None
@@ -54,7 +54,9 @@ class EdgeView:
         if edge != self._wanted:
             self._wanted = edge
             self._changed.set()
-        self.services = edge.services if edge is not None else {}
+        self.services.clear()
+        if edge is not None:
+            self.services.update(edge.services)
 
     async def __aenter__(self) -> Self:
         self._tasks = [

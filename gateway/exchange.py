@@ -237,7 +237,10 @@ class Exchange:
                 answer = _BROKEN
             self._line.finish(self, answer)
         finally:  # after the answer has left: nobody waits for the books
-            self._count(request, end, outcome, total_s)
+            if self._router is not None:
+                self._gateway.count(self._router, "", outcome, end, total_s)
+            else:
+                self._count(request, end, outcome, total_s)
 
     def _answer(
         self, end: Ending, outcome: Outcome, refused: Refused | None, *, admitted: bool, total_s: float
@@ -251,7 +254,10 @@ class Exchange:
             if self._method == "HEAD":
                 body = b""
         else:
-            body = self._answer_body(end, outcome, total_s)
+            if self._router is not None and isinstance(end, Answered):
+                body = answer_body(self._id, self._router.name, outcome, end, total_s)
+            else:
+                body = self._answer_body(end, outcome, total_s)
             head = _HEAD % (len(body), self._id.encode())
             if outcome is Outcome.LATE:
                 head += b"x-tidegate-late: 1\r\n"
@@ -259,13 +265,15 @@ class Exchange:
             head += b"connection: close\r\n"
         return b"%b\r\n%b" % (head, body)
 
+    # what other kinds of requests do otherwise
+
     def _answer_body(self, end: Ending, outcome: Outcome, total_s: float) -> bytes:
-        assert isinstance(end, Answered), "without a refusal and with somebody to tell there is an answer"
-        assert self._router is not None, "only an admitted request is answered"
-        return answer_body(self._id, self._router.name, outcome, end, total_s)
+        """The answer's JSON, where no router of classification answered."""
+        raise TypeError(f"without a refusal and with somebody to tell there is an answer, not {end!r}")
 
     def _count(self, request: Request | EdgeRequest | None, end: Ending, outcome: Outcome, total_s: float) -> None:
-        self._gateway.count(self._router, "", outcome, end, total_s)
+        """The books of a request without a router of classification: here, of one to an unknown service."""
+        self._gateway.count(None, "", outcome, end, total_s)
 
     def _retry_after_s(self) -> float:
         return self._gateway.retry_after_s(self._router)

@@ -77,6 +77,7 @@ class Gateway:
     def __init__(self, config: GatewayConfig, board: Board, seed: int | None = None) -> None:
         self.config = config
         self.edge_view = EdgeView(board)
+        self.edge_services = self.edge_view.services
         self.fleet = Fleet(board, on_change=lambda: self.dispatcher.release(), on_deployment=self.edge_view.configure)
         self.dispatcher = Dispatcher(self.fleet, Random(seed).random, config.answer_timeout_s)
         self.edge = EdgeDispatcher(self.edge_view, config.answer_timeout_s)
