@@ -17,7 +17,7 @@ from policies.placement.deployed import network_of
 from policies.placement.graph import haversine_km
 from protocol.board import BOARD_ERRORS, Board
 from protocol.edge_records import ControllerRecord, EdgeServiceSpec, EdgeSpec, NodeStatus
-from protocol.node_links import NodeLinks
+from protocol.node_links import NodeLinks, SilenceWatch
 from protocol.peer import Peer
 
 log = logging.getLogger("gateway.edge_view")
@@ -99,8 +99,12 @@ class EdgeView:
         ]
 
     def entry(self, net: Net, local: int) -> int | None:
-        """The node that takes in a request of `local`: itself, else the nearest one that lives, if any."""
+        """The node that takes in a request of `local`: itself, else the nearest one that lives, if any.
+
+        One that hangs is passed over as long as any other has said something lately.
+        """
         live = self.live(net)
+        live = [index for index in self.statuses(net, time.monotonic()) if index in live] or live
         if local in live or not live:
             return local if live else None
         positions: FloatArray = net.network.graph.positions
@@ -190,9 +194,11 @@ class EdgeView:
         self._came.set()
 
     async def _ask_nodes(self) -> None:
+        watch = SilenceWatch()
         while True:
             if self.services:
                 await self.links.ask(ASK_PATIENCE_S)
+                watch.cut_silent(self.links, time.monotonic())
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(ASK_EVERY_S):
                     await self._came.wait()

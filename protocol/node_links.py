@@ -7,6 +7,7 @@ read again every second); the links say how they are. Statuses that come in othe
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,7 +25,10 @@ from protocol.peer import Peer
 READ_AGAIN_S: Final = 1.0
 FORGET_AFTER_S: Final = 5.0
 """A node that is off the board while its link is up is kept this long: the board may have lost its memory."""
+SILENT_S: Final = 5.0
+"""A node that has said nothing for so long hangs or cannot be reached: what it holds of ours is given up."""
 
+log = logging.getLogger(__name__)
 _decode_status = msgspec.msgpack.Decoder(NodeStatus).decode
 
 
@@ -172,3 +176,32 @@ class NodeLinks:
                 if record.address == peer.address:
                     self.heard_of.pop(node, None)
         self._on_change()
+
+
+class SilenceWatch:
+    """Cuts the link to a node that hangs, so that what it holds is lost now and not at the end of all patience.
+
+    One that goes on taking what it is sent does not hang: the question stands behind a large clip.
+
+    State: when each link was last seen to be up or to take bytes, and the bytes that waited for it then.
+    """
+
+    def __init__(self) -> None:
+        self._moved: dict[str, tuple[float, int]] = {}
+
+    def cut_silent(self, links: NodeLinks, now_s: float) -> None:
+        """To be called now and then, after the nodes were asked how they are."""
+        for name in list(links.records):
+            peer = links.peer(name)
+            if peer is None:
+                self._moved.pop(name, None)
+                continue
+            moved_s, waited = self._moved.get(name, (now_s, 0))
+            if peer.unsent_bytes < waited:
+                moved_s = now_s
+            self._moved[name] = moved_s, peer.unsent_bytes
+            heard = links.heard_of.get(name)
+            if now_s - max(moved_s, heard.at_s if heard is not None else 0.0) > SILENT_S:
+                log.warning("a node does not answer", extra={"node": name})
+                del self._moved[name]
+                peer.cut(f"no word for {SILENT_S:g} s")

@@ -38,6 +38,11 @@ class Peer:
         """Requests that await a reply."""
         return self._connection.in_flight if self._connection is not None else 0
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Bytes that the socket has not taken yet."""
+        return self._connection.unsent_bytes if self._connection is not None else 0
+
     def hurry(self) -> None:
         """Try to connect now instead of at the end of the current pause (the worker was just seen alive)."""
         self._hurry.set()

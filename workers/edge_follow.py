@@ -13,10 +13,9 @@ from policies.placement.graph import GraphError
 from policies.placement.tables import TableError
 from protocol.board import Board
 from protocol.deployment import check_deployment
-from protocol.node_links import NodeLinks
+from protocol.node_links import NodeLinks, SilenceWatch
 from protocol.records import Deployment
 from workers.device import Clock
-from workers.edge_links import SilenceWatch
 from workers.edge_node import EdgeNode
 from workers.edge_variants import OpenVariant
 from workers.edge_view import NodeView, view_of

@@ -14,7 +14,6 @@ import msgspec
 from protocol.edge_records import EdgeReply, EdgeRun
 from protocol.frames import Frame, Kind
 from protocol.link import LinkClosed
-from protocol.node_links import NodeLinks
 from protocol.outcomes import Attempt
 from protocol.peer import Peer
 from workers.device import Clock
@@ -22,8 +21,6 @@ from workers.edge_fifo import Fifo
 from workers.edge_journey import Body, Ended, Journey, Refused, passed_s, sleep_until
 from workers.edge_view import NodeView, megabits
 
-SILENT_S: Final = 5.0
-"""A neighbour that has said nothing for so long hangs or cannot be reached: what it holds of ours is given up."""
 PATIENCE_S: Final = 30.0
 """Beyond its deadline: how long an answer is waited for. A computation that began in time may end late."""
 
@@ -105,27 +102,3 @@ async def _asked(peer: Peer, name: str, run: EdgeRun, body: Body, limit_s: float
     except asyncio.CancelledError:
         peer.cancel(request_id)
         raise
-
-
-class SilenceWatch:
-    """Cuts the link to a neighbour that hangs, so that what it holds is lost now and not at the end of all patience.
-
-    State: since when each link is up.
-    """
-
-    def __init__(self) -> None:
-        self._up_s: dict[str, float] = {}
-
-    def cut_silent(self, links: NodeLinks, now_s: float) -> None:
-        """To be called now and then, after the neighbours were asked how they are."""
-        for name in list(links.records):
-            peer = links.peer(name)
-            if peer is None:
-                self._up_s.pop(name, None)
-                continue
-            heard = links.heard_of.get(name)
-            last_s = max(self._up_s.setdefault(name, now_s), heard.at_s if heard is not None else 0.0)
-            if now_s - last_s > SILENT_S:
-                log.warning("a neighbour does not answer", extra={"node": name})
-                del self._up_s[name]
-                peer.cut(f"no word for {SILENT_S:g} s")

@@ -16,6 +16,7 @@ from gateway.config import GatewayConfig
 from gateway.edge_exposition import EdgeValues, edge_families
 from gateway.exposition import merged
 from gateway.handle import Gateway
+from protocol import node_links
 from protocol.board import Board
 from protocol.edge_records import (
     ControllerRecord,
@@ -470,6 +471,35 @@ def test_a_node_that_hangs_is_given_up_and_told(tmp_path: Path) -> None:
             told = await here.answer(client)  # 0.3 s, and the 0.5 s of answer_timeout_s
             assert (client.status, told["code"]) == (500, "FAILED")
             await until(lambda: bool(here["north"].cancelled))
+
+    run(body)
+
+
+def test_a_node_that_says_nothing_any_more_loses_what_it_holds_and_gets_nothing_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_links, "SILENT_S", 0.6)
+    monkeypatch.setattr(edge_view, "ASK_EVERY_S", 0.02)
+    monkeypatch.setattr(edge_view, "ASK_PATIENCE_S", 0.02)
+    monkeypatch.setattr(edge_view, "OLDEST_STATUS_S", 0.25)
+
+    async def body() -> None:
+        async with world(tmp_path) as here:
+            first = here.ask(headers={"x-edge-node": "north", "x-deadline-ms": "60000"})
+            await here["north"].arrived.wait()
+            here["north"].silent = True
+            view = here.gateway.edge_view
+            assert view.net is not None
+            north = view.net.node_of["north"]
+            now_s = asyncio.get_running_loop().time
+            await until(lambda: view.net is not None and north not in view.statuses(view.net, now_s()))
+            assert view.links.peer("north") is not None
+            assert view.entry(view.net, north) == view.net.node_of["middle"]
+            await here["middle"].arrived.wait()
+            here["middle"].reply(Attempt.OK, 0, b'{"detections":[]}')
+            told = await here.answer(first)
+            assert told["decision"]["second_choice"] is True
+            assert here.gateway.edge.counts().attempts["north"] == {"LOST": 1}
 
     run(body)
 

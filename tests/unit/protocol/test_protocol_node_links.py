@@ -3,13 +3,14 @@
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import msgspec
 
 from protocol.board import Board
 from protocol.edge_records import NodeStatus
-from protocol.node_links import NodeLinks
+from protocol.node_links import SILENT_S, Heard, NodeLinks, SilenceWatch
 from tests.fakes.scripted_nodes import EdgeBoard, ScriptedNode, until
 
 
@@ -135,3 +136,31 @@ def test_a_node_keeps_links_only_to_those_it_wants(tmp_path: Path) -> None:
                 assert links.peer("a") is None
 
     asyncio.run(body())
+
+
+class Slow:
+    """A link that is up, and what waits to be sent over it."""
+
+    def __init__(self) -> None:
+        self.unsent_bytes = 0
+        self.cuts: list[str] = []
+
+    def cut(self, reason: str) -> None:
+        """As `Peer.cut`."""
+        self.cuts.append(reason)
+
+
+def test_a_silent_node_is_cut_off_unless_it_goes_on_taking_what_it_is_sent() -> None:
+    slow, links, watch = Slow(), SimpleNamespace(records={"a": None}, heard_of={}), SilenceWatch()
+    links.peer = lambda name: slow
+    for second in range(20):
+        slow.unsent_bytes = 20_000_000 - 1_000_000 * second  # a clip leaves, and the question stands behind it
+        watch.cut_silent(cast(NodeLinks, links), float(second))
+    assert not slow.cuts
+    for second in range(20, 26):
+        watch.cut_silent(cast(NodeLinks, links), float(second))
+    assert slow.cuts == [f"no word for {SILENT_S:g} s"]
+    links.heard_of["a"] = Heard(NodeStatus("a"), 30.0)
+    for second in range(26, 35):
+        watch.cut_silent(cast(NodeLinks, links), float(second))
+    assert len(slow.cuts) == 1
