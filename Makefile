@@ -1,4 +1,5 @@
 # make demo   the main job: serve digit images through bursts with four routers, compare, write report.html
+# make edge   detection and tracking on four emulated edge nodes, until Ctrl-C (deploy/edge4.toml)
 # make test   all tests            make check   format, lint, types, import rules, tests
 # make train-env  what training needs, too          make clean   forget the environment
 #
@@ -10,10 +11,13 @@ RUNTIME := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(EXTRA_PIP)
 SYSTEM_PACKAGES := redis-server docker-compose prometheus chromium
 
-.PHONY: demo test check lint train-env system-packages clean
+.PHONY: demo edge test check lint train-env system-packages clean
 
 demo: .venv/.ready-demo
 	$(BIN)/tidegate demo
+
+edge: .venv/.ready-edge
+	$(BIN)/tidegate up -f deploy/edge4.toml
 
 test: .venv/.ready-test system-packages
 	$(BIN)/python -m pytest -n 2 --dist loadfile
@@ -40,12 +44,18 @@ train-env: .venv/.ready-test
 	@$(PIP) --editable '.[$(RUNTIME),demo]'
 	@touch $@
 
+.venv/.ready-edge: .venv/bin/python pyproject.toml
+	@echo "installing what the edge services need (a minute or two the first time)"
+	@$(PIP) --editable '.[$(RUNTIME),demo,edge]'
+	@$(PIP) --no-deps trackers==2.6.1 trackeval==1.3.0
+	@touch $@ .venv/.ready-demo
+
 .venv/.ready-test: .venv/bin/python pyproject.toml
 	@echo "installing what the tests need (a few minutes the first time)"
 	@$(PIP) torch==2.13.0
 	@$(PIP) --editable '.[$(RUNTIME),demo,train,edge,place,openvino,test,dev]'
 	@$(PIP) --no-deps torchvision==0.28.0 timm==1.0.31 trackers==2.6.1 trackeval==1.3.0
-	@touch $@ .venv/.ready-demo
+	@touch $@ .venv/.ready-demo .venv/.ready-edge
 
 # Real redis-server, docker-compose and others for the tests that need them; elsewhere those are skipped by name.
 system-packages:
