@@ -143,8 +143,7 @@ class NodeLinks:
                 self._seen_s[record.node] = now_s
         for node, seen_s in list(self._seen_s.items()):
             if now_s - seen_s > (FORGET_AFTER_S if self.peer(node) and not self.records[node].draining else 0.0):
-                del self.records[node], self._seen_s[node]
-                self.heard_of.pop(node, None)
+                self._forget(node, now_s)
         wanted = {record.address for record in self.records.values()}
         for address in wanted - self._peers.keys():
             peer = self._peers[address] = Peer(address, self._on_link)
@@ -159,6 +158,15 @@ class NodeLinks:
         self.looked = True
         if before != set(self.records):
             self._on_change()
+
+    def _forget(self, node: str, now_s: float) -> None:
+        """A node is off the board for good. If it does not answer either, what waits for it is lost now."""
+        record, heard = self.records.pop(node), self.heard_of.pop(node, None)
+        del self._seen_s[node]
+        peer = self._peers.get(record.address)
+        silent = heard is None or now_s - heard.at_s > SILENT_S
+        if peer is not None and peer.in_flight and silent and not record.draining:
+            peer.cut("it is off the board, and says nothing")
 
     async def _on_news(self, channel: str, data: bytes) -> None:
         if channel == "news" and data == b"nodes":

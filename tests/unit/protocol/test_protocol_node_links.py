@@ -7,9 +7,13 @@ from types import SimpleNamespace
 from typing import cast
 
 import msgspec
+import pytest
 
+from protocol import node_links
 from protocol.board import Board
 from protocol.edge_records import NodeStatus
+from protocol.frames import Frame, Kind
+from protocol.link import LinkClosed
 from protocol.node_links import SILENT_S, Heard, NodeLinks, SilenceWatch
 from tests.fakes.scripted_nodes import EdgeBoard, ScriptedNode, until
 
@@ -134,6 +138,31 @@ def test_a_node_keeps_links_only_to_those_it_wants(tmp_path: Path) -> None:
                 await until(lambda: links.peer("b") is not None)
                 assert set(links.records) == {"b"}
                 assert links.peer("a") is None
+
+    asyncio.run(body())
+
+
+def test_what_waits_for_a_node_that_is_off_the_board_and_silent_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that hangs takes connections: nobody would look after its link once its registration is gone."""
+    monkeypatch.setattr(node_links, "READ_AGAIN_S", 0.01)
+    monkeypatch.setattr(node_links, "FORGET_AFTER_S", 0.1)
+
+    async def body() -> None:
+        async with World(tmp_path) as here:
+            here.a.silent = here.b.silent = True
+            here.links.heard("b", NodeStatus("b"), time.monotonic() + 60.0)  # busy, but it goes on answering
+            lost: list[Frame | LinkClosed] = []
+            kept: list[Frame | LinkClosed] = []
+            for name, ends in (("a", lost), ("b", kept)):
+                peer = here.links.peer(name)
+                assert peer is not None
+                peer.ask(Kind.NODE_STATUS_REQUEST, None, b"", ends.append)
+            here.board.node_records.clear()
+            await until(lambda: bool(lost) and not here.links.records)
+            assert isinstance(lost[0], LinkClosed)
+            assert not kept
 
     asyncio.run(body())
 
