@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from gateway.admission import Receive, Scope, check_length, read_body
 from gateway.document import INTRODUCTION, TAGS, complete
+from gateway.edge_view import network_fault
 from gateway.handle import Gateway, GatewayStatistics
 from gateway.oip import OpenInference
 from gateway.request import ClientGone, Refused
@@ -139,7 +140,7 @@ def build_api(gateway: Gateway) -> FastAPI:
     @api.put("/admin/deployment", summary="Replace it", tags=["admin"], dependencies=[Depends(_admin(gateway))])
     async def replace_deployment(request: Request) -> Response:
         deployment = _decode(await _body(gateway, request), DeploymentBody, "deployment")
-        if fault := check_deployment(deployment):
+        if fault := check_deployment(deployment) or await network_fault(deployment.edge):
             raise HTTPException(400, fault)
         for name, spec in deployment.services.items():
             await _check_router(gateway, spec.router, f"services.{name}.")

@@ -228,3 +228,14 @@ class EdgeView:
                 await self._link
         self._peer = Peer(record.address, lambda peer: None)
         self._link = asyncio.create_task(self._peer.run(), name="link to the scheduler")
+
+
+async def network_fault(edge: EdgeSpec | None) -> str:
+    """Why a deployment's edge network cannot be served (its graph and tables are read); empty if it can."""
+    if edge is None:
+        return ""
+    try:
+        await asyncio.to_thread(network_of, edge)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ""

@@ -580,6 +580,14 @@ def test_a_table_that_does_not_exist_is_told_and_not_served(tmp_path: Path) -> N
     run(body)
 
 
+def test_what_a_deployment_may_not_be_changed_to_is_told_before_nodes_hear_of_it() -> None:
+    fine = edge_spec()
+    wrong = msgspec.structs.replace(fine, services={"detection": EdgeServiceSpec(table="no-such-table")})
+    assert asyncio.run(edge_view.network_fault(None)) == ""
+    assert asyncio.run(edge_view.network_fault(fine)) == ""
+    assert "no-such-table" in asyncio.run(edge_view.network_fault(wrong))
+
+
 def test_without_a_node_nothing_is_served(tmp_path: Path) -> None:
     async def body() -> None:
         async with world(tmp_path, up=()) as here:
