@@ -10,8 +10,10 @@ workers go. Their standard error goes to one log file each.
 import asyncio
 import contextlib
 import ctypes
+import errno
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -291,10 +293,16 @@ def _refuse_taken_port(host: str, port: int) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port at `host` (loopback) that nobody uses at this moment."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port at `host` (loopback) that nobody uses at this moment.
+
+    Below those that outgoing connections get (32768 on, on Linux): one of them could take it before a server does.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in (*(10_240 + secrets.randbelow(22_528) for _ in range(100)), 0):
+        with socket.socket(family) as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return int(probe.getsockname()[1])
+    raise OSError(errno.EADDRINUSE, f"no free port at {host}")
 
 
 def _die_with_parent() -> None:

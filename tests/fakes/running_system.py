@@ -23,7 +23,7 @@ from protocol.link import Connection as Link
 from protocol.link import connect
 from protocol.outcomes import HTTP_STATUS, Outcome
 from protocol.records import Status, WorkerStatus
-from tidegate.supervisor import Child, Supervisor
+from tidegate.supervisor import Child, Supervisor, free_port
 from tidegate.up_command import until_ready
 
 IMAGENET = {"content-type": "image/jpeg"}
@@ -32,9 +32,7 @@ LABEL = b"tidegate-label:3\n"
 
 def any_port() -> int:
     """A TCP port on loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()
 
 
 def deployment(path: Path, text: str, **gateway: Any) -> DeploymentFile:
