@@ -13,7 +13,7 @@ from typing import Final, Self
 
 from gateway.edge_request import Net
 from policies.placement.contract import FloatArray
-from policies.placement.deployed import network_of
+from policies.placement.deployed import network_of, policy_fault
 from policies.placement.graph import haversine_km
 from protocol.board import BOARD_ERRORS, Board
 from protocol.edge_records import ControllerRecord, EdgeServiceSpec, EdgeSpec, NodeStatus
@@ -234,6 +234,8 @@ async def network_fault(edge: EdgeSpec | None) -> str:
     """Why a deployment's edge network cannot be served (its graph and tables are read); empty if it can."""
     if edge is None:
         return ""
+    if fault := policy_fault(edge):
+        return fault
     try:
         await asyncio.to_thread(network_of, edge)
     except (ValueError, OSError) as error:

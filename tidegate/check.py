@@ -5,9 +5,8 @@ from pathlib import Path
 from gateway.router import ROUTERS
 from models.catalog import VariantError, load_catalog
 from models.edge_catalog import EdgeVariant, load_edge_catalog
-from policies.placement.deployed import network_of
+from policies.placement.deployed import network_of, policy_fault
 from policies.placement.edge_network import EdgeNetwork
-from policies.placement.evaluate import ALL as POLICIES
 from protocol.deployment import DeploymentError, DeploymentFile, did_you_mean, few_of
 from protocol.edge_records import EdgeSpec
 
@@ -43,11 +42,8 @@ def _refuse_unknown_edge(file: DeploymentFile, edge: EdgeSpec, catalog: dict[str
         network = network_of(edge)
     except ValueError as error:
         raise DeploymentError(str(error)) from error
-    if edge.policy not in POLICIES and "/" not in edge.policy:
-        raise DeploymentError(
-            f"edge.policy = {edge.policy!r}: must be one of {', '.join(POLICIES)}, or the path of a trained one"
-            f"{did_you_mean(edge.policy, POLICIES)}"
-        )
+    if fault := policy_fault(edge):
+        raise DeploymentError(fault)
     for worker in file.workers:
         if worker.node and worker.node not in network.graph.names:
             shown = ", ".join(few_of(network.graph.names, 20))

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from loadgen.report import check_place
 from loadgen.sender import run_on_uvloop
-from policies.placement.evaluate import ALL as POLICIES
+from policies.placement.contract import ALL as POLICIES
 from protocol.deployment import did_you_mean
 from tidegate.replay_commands import INTERRUPTED_EXIT, stop_on_interrupt
 

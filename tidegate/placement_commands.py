@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from policies.placement.actors import PRETRAINED
-from policies.placement.contract import ArtifactError, PlacementPolicy
+from policies.placement.contract import ALL, LEARNED, RULES, ArtifactError, PlacementPolicy
 from policies.placement.deployed import experiment
 from policies.placement.edge_network import EdgeNetwork, PlacementError
-from policies.placement.evaluate import ALL, LEARNED, RULES, Optima, build_policy, evaluate_policy, evaluation_slots
+from policies.placement.evaluate import Optima, build_policy, evaluate_policy, evaluation_slots
 from policies.placement.graph import GraphError, named_graph
 from policies.placement.tables import TableError, read_table
 from policies.placement.workload import Load, draw_slots

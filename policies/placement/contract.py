@@ -17,6 +17,12 @@ IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
 
+RULES = ("random", "heuristic", "convention", "sequential", "two-tier", "beam")
+SOLVERS = ("exact", "exact-30ms")
+LEARNED = ("prices", "hisper", "hisper-sequential", "hisper-paper", "hasac", "happo")
+ALL = (*RULES, *SOLVERS, *LEARNED)
+"""The policies' names; a learned one needs an artifact that fits the network."""
+
 REJECT = -1
 ABSENT = -1
 

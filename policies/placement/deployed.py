@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from policies.placement.contract import FloatArray
+from policies.placement.contract import ALL, FloatArray
 from policies.placement.edge_network import EdgeNetwork
 from policies.placement.graph import EdgeGraph, GraphError, named_graph
 from policies.placement.tables import TABLES_DIRECTORY, ServiceTable, TableError, read_table, shipped_tables
 from policies.placement.workload import Load
-from protocol.deployment import DeploymentError, read_deployment
+from protocol.deployment import DeploymentError, did_you_mean, read_deployment
 from protocol.edge_records import EdgeSpec
 
 BUSY_S = 0.3
@@ -20,6 +20,14 @@ BUSY_S = 0.3
 def network_of(edge: EdgeSpec) -> EdgeNetwork:
     """The network, services in the deployment's order. Raises GraphError or TableError, which name what is wrong."""
     return EdgeNetwork(graph_of(edge), [_table(name, spec.table) for name, spec in edge.services.items()])
+
+
+def policy_fault(edge: EdgeSpec) -> str:
+    """Empty if the policy's name is one of those known, or a path; whether it fits shows when it is loaded."""
+    if edge.policy in ALL or "/" in edge.policy:
+        return ""
+    meant = did_you_mean(edge.policy, ALL)
+    return f"edge.policy = {edge.policy!r}: must be one of {', '.join(ALL)}, or the path of a trained one{meant}"
 
 
 def experiment(graph: str, per_service: int) -> tuple[EdgeNetwork, Load]:

@@ -15,16 +15,11 @@ from typing import Any
 import numpy as np
 
 from policies.placement.actors import PRETRAINED, LearnedPolicy, load_artifact
-from policies.placement.contract import ArtifactError, FloatArray, PlacementPolicy, Slots
+from policies.placement.contract import ALL, LEARNED, SOLVERS, ArtifactError, FloatArray, PlacementPolicy, Slots
 from policies.placement.edge_network import EdgeNetwork
 from policies.placement.prices import PricedAgents, load_prices
 from policies.placement.rules import Beam, Convention, Heuristic, RandomRule, Sequential, TwoTier
 from policies.placement.workload import Load, draw_slots
-
-RULES = ("random", "heuristic", "convention", "sequential", "two-tier", "beam")
-SOLVERS = ("exact", "exact-30ms")
-LEARNED = ("prices", "hisper", "hisper-sequential", "hisper-paper", "hasac", "happo")
-ALL = (*RULES, *SOLVERS, *LEARNED)
 
 
 def build_policy(

@@ -586,6 +586,8 @@ def test_what_a_deployment_may_not_be_changed_to_is_told_before_nodes_hear_of_it
     assert asyncio.run(edge_view.network_fault(None)) == ""
     assert asyncio.run(edge_view.network_fault(fine)) == ""
     assert "no-such-table" in asyncio.run(edge_view.network_fault(wrong))
+    beem = msgspec.structs.replace(fine, policy="beem")
+    assert "did you mean 'beam'" in asyncio.run(edge_view.network_fault(beem))
 
 
 def test_without_a_node_nothing_is_served(tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from policies.placement.contract import ArtifactError, join
+from policies.placement.contract import ALL, RULES, ArtifactError, join
 from policies.placement.edge_network import EdgeNetwork
-from policies.placement.evaluate import ALL, RULES, Optima, build_policy, evaluate_policy, evaluation_slots, slot_key
+from policies.placement.evaluate import Optima, build_policy, evaluate_policy, evaluation_slots, slot_key
 from policies.placement.graph import eua16
 from policies.placement.tables import shipped_tables
 from policies.placement.workload import Load
