@@ -161,12 +161,12 @@ def test_policies_are_compared_on_it_and_it_is_left_as_it_was(system: RunningSys
     before = asyncio.run(_placing(system))
     page = tmp_path / "edge.html"
     comparing = _compare(
-        system, "--policies", "heuristic,hisper", "--requests", "8", "--rehearse", "4", "--report", str(page)
+        system, "--policies", "heuristic,hasac", "--requests", "8", "--rehearse", "4", "--report", str(page)
     )
     out, said = comparing.communicate(timeout=180)
     assert comparing.returncode == 1, said  # for the policy that was left out
     told = json.loads(out)
-    assert "trained" in told["left_out"]["hisper"]
+    assert "trained" in told["left_out"]["hasac"]
     (figures,) = told["policies"]
     assert (figures["policy"], figures["requests"]) == ("heuristic", 8)
     assert figures["answered"] + sum(figures["failures"].values()) == 8
