@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import msgspec
 import numpy as np
@@ -41,9 +42,13 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
     }
     for resizer in ("pillow", "simd") if importlib.util.find_spec("cykooz_resizer") else ("pillow",):
         how = msgspec.structs.replace(HOW, resizer=resizer)
-        steps[f"resize_{resizer}"] = lambda how=how: resized(pixels, how, *SHAPE[1:])  # type: ignore[misc]
-        steps[f"all_{resizer}"] = lambda how=how: to_input(decode(body, "image/jpeg", "rgb"), how, SHAPE)  # type: ignore[misc]
+        steps[f"resize_{resizer}"] = partial(resized, pixels, how, *SHAPE[1:])
+        steps[f"all_{resizer}"] = partial(_whole, body, how)
     return {name: timed(step, rounds) for name, step in steps.items()}
+
+
+def _whole(body: bytes, how: Preprocess) -> object:
+    return to_input(decode(body, "image/jpeg", "rgb"), how, SHAPE)
 
 
 def timed(step: Callable[[], object], rounds: int) -> dict[str, float]:

@@ -84,9 +84,10 @@ class CostView(msgspec.Struct, frozen=True):
 
 
 class ObservedView(msgspec.Struct, frozen=True):
-    """What the environment's figures follow from: the bytes that were sent on, the work that was ahead at the decided
+    """What the environment's figures follow from.
 
-    node when the request came there (H of Eq. 5), and whether its variant had to be loaded for it.
+    The bytes that were sent on, the work that was ahead at the decided node when the request came there (H of Eq. 5),
+    and whether its variant had to be loaded for it.
     """
 
     adapted_mb: float

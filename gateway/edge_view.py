@@ -19,6 +19,7 @@ from protocol.board import BOARD_ERRORS, Board
 from protocol.edge_records import ControllerRecord, EdgeServiceSpec, EdgeSpec, NodeStatus
 from protocol.node_links import NodeLinks, SilenceWatch
 from protocol.peer import Peer
+from protocol.tasks import end_tasks
 
 log = logging.getLogger("gateway.edge_view")
 
@@ -69,12 +70,7 @@ class EdgeView:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [*self._tasks, *([self._link] if self._link is not None else [])]
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await end_tasks([*self._tasks, *([self._link] if self._link is not None else [])])
 
     async def settle(self, patience_s: float) -> None:
         """As `Fleet.settle`: returns once network and nodes that the board knows have been seen, or after that time."""
@@ -223,9 +219,7 @@ class EdgeView:
                 self._peer.hurry()
             return
         if self._link is not None:
-            self._link.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._link
+            await end_tasks([self._link])
         self._peer = Peer(record.address, lambda peer: None)
         self._link = asyncio.create_task(self._peer.run(), name="link to the scheduler")
 

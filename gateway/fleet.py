@@ -31,6 +31,7 @@ from protocol.records import (
     Table,
     WorkerStatus,
 )
+from protocol.tasks import end_tasks
 
 log = logging.getLogger("gateway.fleet")
 
@@ -45,9 +46,10 @@ One that had said that it was draining has ended in order, and is forgotten at o
 
 
 class Fleet:
-    """The services, their routers, and the links to workers. `on_change` is called when more may be routable,
+    """The services, their routers, and the links to workers.
 
-    `on_deployment` with the edge part of every new deployment, which is not the fleet's business.
+    `on_change` is called when more may be routable, `on_deployment` with the edge part of every new deployment, which
+    is not the fleet's business.
     """
 
     def __init__(
@@ -85,12 +87,7 @@ class Fleet:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [*self._loops, *self._tasks.values(), *self._greetings.values(), *self._posting]
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await end_tasks([*self._loops, *self._tasks.values(), *self._greetings.values(), *self._posting])
         with contextlib.suppress(*BOARD_ERRORS):
             await self.board.remove_gateway(self.id)
 

@@ -7,7 +7,7 @@ Paths in an entry are relative to its file. Nothing here opens a model: see `run
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -16,6 +16,7 @@ BUILT_IN_FOLDER = Path(__file__).parent / "catalog"
 # Body of a request that pins a variant and brings its input tensor: raw little-endian values, row-major.
 TENSOR_CONTENT_TYPE = "application/x-tidegate-tensor"
 
+Entry = TypeVar("Entry")
 RuntimeName = Literal["onnxruntime", "openvino", "torch", "emulated"]
 AccuracySource = Literal["measured", "published", "modelled", "none"]
 
@@ -101,30 +102,40 @@ class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 def read_variant(file: Path) -> Variant:
     """Read and check one entry. Raises `VariantError`."""
-    where = str(file)
-    try:
-        entry = msgspec.toml.decode(file.read_bytes())
-    except OSError as error:
-        raise VariantError(where, "file", file.name, f"cannot be read ({error.strerror})") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise VariantError(where, "file", file.name, f"is not valid TOML ({error})") from error
-    return variant_from(entry, where, file.parent)
+    return variant_from(read_entry(file), str(file), file.parent)
 
 
 def variant_from(entry: Mapping[str, Any], where: str, folder: Path) -> Variant:
     """Check one entry given as a mapping; relative paths count from `folder`. Raises `VariantError`."""
+    variant = entry_as(entry, Variant, where, folder)
+    _check(variant, where)
+    return variant
+
+
+def read_entry(file: Path) -> dict[str, Any]:
+    """What the TOML file says, unchecked. Raises `VariantError`."""
+    where = str(file)
+    try:
+        entry: dict[str, Any] = msgspec.toml.decode(file.read_bytes())
+    except OSError as error:
+        raise VariantError(where, "file", file.name, f"cannot be read ({error.strerror})") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise VariantError(where, "file", file.name, f"is not valid TOML ({error})") from error
+    return entry
+
+
+def entry_as(entry: Mapping[str, Any], kind: type[Entry], where: str, folder: Path) -> Entry:
+    """An entry as that kind of struct, `labels` as names and `path` absolute. Raises `VariantError`."""
     values = dict(entry)
     if "labels" in values:
-        values["labels"] = read_labels(values["labels"], where, folder)
+        values["labels"] = _labels(values["labels"], where, folder)
     if isinstance(values.get("path"), str) and values["path"]:
         values["path"] = str((folder / values["path"]).resolve())
     try:
-        variant = msgspec.convert(values, Variant)
+        return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        key, value = fault_of(str(error), entry)
+        key, value = _fault(str(error), entry)
         raise VariantError(where, key, value, str(error).partition(" - at ")[0]) from error
-    _check(variant, where)
-    return variant
 
 
 def load_catalog(folders: Iterable[Path] = ()) -> dict[str, Variant]:
@@ -158,7 +169,7 @@ def kind_and_index(device: str) -> tuple[str, int]:
     return kind, int(index) if index.isdecimal() else 0
 
 
-def read_labels(given: object, where: str, folder: Path) -> object:
+def _labels(given: object, where: str, folder: Path) -> object:
     """`labels` may be names, a count (classes without names) or a text file with one name a line."""
     if isinstance(given, int) and not isinstance(given, bool):
         if not 1 <= given <= 1_000_000:
@@ -173,7 +184,7 @@ def read_labels(given: object, where: str, folder: Path) -> object:
     return given
 
 
-def fault_of(message: str, entry: Mapping[str, Any]) -> tuple[str, object]:
+def _fault(message: str, entry: Mapping[str, Any]) -> tuple[str, object]:
     """The key that a msgspec message points at, dotted, and the value that stands there."""
     path = message.partition(" - at `$")[2].rstrip("`").lstrip(".").partition("[")[0]
     if not path:

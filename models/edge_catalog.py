@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from models.catalog import BUILT_IN_FOLDER, Accuracy, VariantError, fault_of, read_labels
+from models.catalog import BUILT_IN_FOLDER, Accuracy, VariantError, entry_as, read_entry
 
 SUBFOLDER = "edge"
 
@@ -81,27 +81,12 @@ def load_edge_catalog(folders: Iterable[Path] = ()) -> dict[str, EdgeVariant]:
 
 def read_edge_variant(file: Path) -> EdgeVariant:
     """Read and check one entry. Raises `VariantError`."""
-    try:
-        entry = msgspec.toml.decode(file.read_bytes())
-    except OSError as error:
-        raise VariantError(str(file), "file", file.name, f"cannot be read ({error.strerror})") from error
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise VariantError(str(file), "file", file.name, f"is not valid TOML ({error})") from error
-    return edge_variant_from(entry, str(file), file.parent)
+    return edge_variant_from(read_entry(file), str(file), file.parent)
 
 
 def edge_variant_from(entry: Mapping[str, Any], where: str, folder: Path) -> EdgeVariant:
     """Check one entry given as a mapping; relative paths count from `folder`. Raises `VariantError`."""
-    values = dict(entry)
-    if "labels" in values:
-        values["labels"] = read_labels(values["labels"], where, folder)
-    if isinstance(values.get("path"), str) and values["path"]:
-        values["path"] = str((folder / values["path"]).resolve())
-    try:
-        variant = msgspec.convert(values, EdgeVariant)
-    except msgspec.ValidationError as error:
-        key, value = fault_of(str(error), entry)
-        raise VariantError(where, key, value, str(error).partition(" - at ")[0]) from error
+    variant = entry_as(entry, EdgeVariant, where, folder)
     _check(variant, where)
     return variant
 

@@ -1,6 +1,7 @@
-"""Edge services on the board: ``node:{name}``, ``controller`` (both expire 3 s after the last word), and
+"""Edge services on the board: nodes, who places, and why.
 
-``placements``, a bounded stream of the latest windows for people who want to know why.
+``node:{name}`` and ``controller`` expire 3 s after the last word; ``placements`` is a bounded stream of the latest
+windows, for people who want to know why.
 """
 
 from typing import Any, Final

@@ -13,9 +13,10 @@ import msgspec
 
 
 class Emulation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What nodes emulate: each really waits as long as the graph's capacities say. `compute`: the placement table's
+    """What nodes emulate: each really waits as long as the graph's capacities say.
 
-    operations over the node's TFLOPS ("table"), or nothing but the real computation ("real").
+    `compute`: the placement table's operations over the node's TFLOPS ("table"), or nothing but the real computation
+    ("real").
     """
 
     uplink: bool = True

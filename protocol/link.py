@@ -207,6 +207,25 @@ async def connect(address: str, make_connection: Callable[[], Connection]) -> Co
     return pair[1]
 
 
+_LONGEST_SOCKET_PATH = 107  # bytes that fit into sockaddr_un
+
+
+def address_fault(address: str) -> str:
+    """Empty if a server could listen on `address` and others name it so, else what would be right."""
+    scheme, _, rest = address.partition(":")
+    host, _, port = rest.rpartition(":")
+    if scheme == "unix" and rest.startswith("/"):
+        short = len(rest.encode()) <= _LONGEST_SOCKET_PATH
+        return "" if short else f"a socket's path has at most {_LONGEST_SOCKET_PATH} bytes: choose a shorter one"
+    sound = scheme == "tcp" and host != "" and port.isdigit() and int(port) <= 65535
+    return "" if sound else "must be unix:/absolute/path or tcp:host:port"
+
+
+def is_every_interface(address: str) -> bool:
+    """Whether a server listens there on all interfaces: then nobody can connect to it by this name."""
+    return address.startswith(("tcp:0.0.0.0:", "tcp:[::]:", "tcp::::"))
+
+
 def _split(address: str) -> tuple[str, str, int]:
     scheme, _, rest = address.partition(":")
     if scheme == "unix" and rest:

@@ -21,6 +21,7 @@ from protocol.edge_records import NodeRecord, NodeStatus
 from protocol.frames import Frame, Kind
 from protocol.link import LinkClosed
 from protocol.peer import Peer
+from protocol.tasks import end_tasks
 
 READ_AGAIN_S: Final = 1.0
 FORGET_AFTER_S: Final = 5.0
@@ -74,12 +75,7 @@ class NodeLinks:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [*self._loops, *self._tasks.values()]
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await end_tasks([*self._loops, *self._tasks.values()])
 
     def peer(self, node: str) -> Peer | None:
         """The link to a node that can be asked now."""

@@ -39,9 +39,10 @@ def main(
         str, typer.Option(help="How gateways reach this scheduler, if not by --address: tcp:host:port.")
     ] = "",
 ) -> None:
-    """Run the scheduler: every slot a routing table for each service whose router wants one, and for edge services
+    """Run the scheduler: what routers and edge nodes are told.
 
-    every window a joint placement of its requests.
+    Every slot a routing table for each service whose router wants one, and for edge services every window a joint
+    placement of its requests.
     """
     log_as_json_lines("scheduler")
     try:

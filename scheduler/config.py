@@ -2,6 +2,8 @@
 
 import msgspec
 
+from protocol.link import address_fault, is_every_interface
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used: names the key, the value and the remedy."""
@@ -36,15 +38,9 @@ class SchedulerConfig(msgspec.Struct, frozen=True, kw_only=True):
             raise ConfigError(f"status_timeout_s = {self.status_timeout_s}: must be above 0 and at most 1 second")
         for key in ("address", "advertise"):
             value = getattr(self, key)
-            if value and not _is_address(value):
-                raise ConfigError(f"{key} = {value!r}: must be unix:/absolute/path or tcp:host:port")
-        if self.address.startswith(("tcp:0.0.0.0:", "tcp:[::]:")) and not self.advertise:
+            if value and (fault := address_fault(value)):
+                raise ConfigError(f"{key} = {value!r}: {fault}")
+        if is_every_interface(self.address) and not self.advertise:
             raise ConfigError(f"advertise is empty: nobody can connect to {self.address}; say tcp:THIS-HOST:PORT")
         if not 0 <= self.metrics_port < 65_536:
             raise ConfigError(f"metrics_port = {self.metrics_port}: must be 0 (off) or a port below 65536")
-
-
-def _is_address(value: str) -> bool:
-    scheme, _, rest = value.partition(":")
-    host, _, port = rest.rpartition(":")
-    return (scheme == "unix" and rest.startswith("/")) or (scheme == "tcp" and bool(host) and port.isdigit())

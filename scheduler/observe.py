@@ -26,6 +26,7 @@ from protocol.records import (
     Status,
     WorkerStatus,
 )
+from protocol.tasks import end_tasks
 
 log = logging.getLogger("scheduler.observe")
 
@@ -73,12 +74,7 @@ class Observer:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        tasks = [*self._loops, *self._tasks.values()]
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        await end_tasks([*self._loops, *self._tasks.values()])
 
     async def observe(self, service: str, spec: ServiceSpec) -> Seen:
         """Asks every worker of the service for its status, all at once, and waits at most the timeout.

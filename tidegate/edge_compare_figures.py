@@ -174,9 +174,9 @@ def not_comparable(figures: Sequence[PolicyFigures]) -> str:
 
 
 def largest_difference(answers: Sequence[EdgeAnswer], network: EdgeNetwork, emulate: Emulation) -> Difference:
-    """How far the nodes' emulated delays, and the costs and accuracies told, are from `EdgeNetwork` on what was
+    """How far the nodes' emulated delays, and the costs and accuracies told, are from `EdgeNetwork`.
 
-    observed: the decision, the bytes that were sent on, the work ahead and whether the variant was loaded.
+    On what was observed: the decision, the bytes that were sent on, the work ahead and whether the variant was loaded.
     """
     delay_s = cost_usd = accuracy = 0.0
     for told in answers:

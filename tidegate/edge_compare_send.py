@@ -128,9 +128,10 @@ class EdgeOperator(RunningGateway):
     async def send(
         self, workload: EdgeWorkload, network: EdgeNetwork, on_progress: OnProgress, stop: asyncio.Event
     ) -> list[Sent]:
-        """Every request at its time, and what became of it. Once `stop` is set nothing more is sent, and what has no
+        """Every request at its time, and what became of it.
 
-        answer 2 s later is CANCELLED; requests that never left are not in the list.
+        Once `stop` is set nothing more is sent, and what has no answer 2 s later is CANCELLED; requests that never left
+        are not in the list.
         """
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session:

@@ -10,9 +10,9 @@ from pathlib import Path
 import msgspec
 
 from models.clip_limits import Limits
+from protocol.link import address_fault, is_every_interface
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-_LONGEST_SOCKET_PATH = 107  # bytes that fit into sockaddr_un
 
 
 class ConfigError(ValueError):
@@ -60,7 +60,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
         _check_address("address", self.address)
         if self.advertise:
             _check_address("advertise", self.advertise)
-        elif self.address.startswith(("tcp:0.0.0.0:", "tcp:[::]:", "tcp::::")):
+        elif is_every_interface(self.address):
             raise ConfigError("advertise", "", f"nobody can connect to {self.address}: say tcp:THIS-HOST:PORT")
         for folder in self.catalog:
             _require(folder.is_dir(), "catalog", str(folder), "no such folder; create it or leave it out")
@@ -73,15 +73,8 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _check_address(key: str, value: str) -> None:
-    scheme, _, rest = value.partition(":")
-    host, _, port = rest.rpartition(":")
-    sound = (scheme == "unix" and rest.startswith("/")) or (
-        scheme == "tcp" and host != "" and port.isdigit() and int(port) <= 65535
-    )
-    _require(sound, key, value, "unix:/absolute/path or tcp:host:port")
-    if scheme == "unix":
-        short = len(rest.encode()) <= _LONGEST_SOCKET_PATH
-        _require(short, key, value, f"a socket's path has at most {_LONGEST_SOCKET_PATH} bytes: choose a shorter one")
+    fault = address_fault(value)
+    _require(not fault, key, value, fault)
 
 
 def _require(right: bool, key: str, value: object, remedy: str) -> None:

@@ -53,9 +53,9 @@ def test_links_and_computation_are_waited_for_and_queued_for(tmp_path: Path) -> 
 
 
 def test_emulated_figures_are_the_environments(tmp_path: Path) -> None:
-    """Two hundred random requests on the paper's graph, many at once: Eqs. 3 to 5 give every figure to 1e-9,
+    """Two hundred random requests on the paper's graph, many at once: Eqs. 3 to 5 give every figure to 1e-9.
 
-    by the sizes, the work ahead and the loads that the replies report.
+    That is by the sizes, the work ahead and the loads that the replies report.
     """
 
     async def scenario() -> float:
