@@ -94,10 +94,13 @@ class OneImage(nn.Module):
         features = self.network.backbone(padded)
         sizes = [(height, width)]
         (proposals,), _ = self.network.rpn(ImageList(padded, sizes), features)
-        # A box without area yields none, and keeps the graph's shapes whole where there is no proposal at all.
-        proposals = functional.pad(proposals, (0, 0, 0, 1))
-        (found,), _ = self.network.roi_heads(features, [proposals], sizes)
+        (found,), _ = self.network.roi_heads(features, [never_none(proposals)], sizes)
         return found["boxes"], found["scores"], found["labels"] - 1
+
+
+def never_none(proposals: Tensor) -> Tensor:
+    """Proposals [n, 4] and one without area: that yields no box, and keeps an exported graph whole where n is 0."""
+    return functional.pad(proposals, (0, 0, 0, 1))
 
 
 class GridAnchors(nn.Module):
@@ -202,7 +205,7 @@ def build(architecture: Architecture, conventions: Conventions = MMDETECTION, *,
         head: nn.Module = TwoMLPHead(channels * PyramidAlign.SIZE**2, architecture.hidden)
         features, before = architecture.hidden, 1000
     else:
-        align = C4Regions(body.layer4, conventions, most=proposals + 1)  # with `OneImage`'s own
+        align = C4Regions(body.layer4, conventions, most=proposals + 1)  # with `never_none`'s own
         backbone = nn.Sequential()
         backbone.add_module("body", IntermediateLayerGetter(body, {"layer3": "0"}))
         anchors = GridAnchors([[32.0, 64.0, 128.0, 256.0, 512.0]], (16,), whole=conventions.whole_anchors)

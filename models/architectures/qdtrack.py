@@ -19,7 +19,7 @@ torchvision_operators.register()
 
 from torchvision.models.detection.image_list import ImageList  # noqa: E402 - its operators must be there first
 
-SIZE_DIVISOR = 32  # the coarsest stage's stride: images are padded to a multiple
+from models.architectures.faster_rcnn import SIZE_DIVISOR, never_none  # noqa: E402
 
 
 class NormedConvolution(nn.Module):
@@ -90,8 +90,8 @@ class ServedQdtrack(nn.Module):
         padded = functional.pad(image, (0, -width % SIZE_DIVISOR, 0, -height % SIZE_DIVISOR))
         features = detector.backbone(padded)
         size = (height, width)
-        proposals, _ = detector.rpn(ImageList(padded, [size]), features, None)
-        found, _ = detector.roi_heads(features, proposals, [size], None)
+        (proposals,), _ = detector.rpn(ImageList(padded, [size]), features, None)
+        found, _ = detector.roi_heads(features, [never_none(proposals)], [size], None)
         boxes = found[0]["boxes"]
         # One box more than was found: exported, the head's normalisation cannot run on none.
         asked = torch.cat((boxes, boxes.new_tensor([[0.0, 0.0, 16.0, 16.0]])))

@@ -23,6 +23,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator  # noqa: E
 from torchvision.models.detection.image_list import ImageList  # noqa: E402
 from torchvision.ops import MultiScaleRoIAlign  # noqa: E402
 
+from models.architectures.faster_rcnn import never_none  # noqa: E402
+
 WIDTH, HEIGHT = 320, 192  # pixels of the input
 MEAN, STD = (0.45, 0.45, 0.45), (0.25, 0.25, 0.25)  # of values 0..1
 
@@ -224,8 +226,8 @@ class ServedDetector(nn.Module):
         detector: Any = self.network if embedding is None else embedding.detector
         features = detector.backbone(image)
         size = (image.shape[2], image.shape[3])
-        proposals, _ = detector.rpn(ImageList(image, [size]), features, None)
-        found, _ = detector.roi_heads(features, proposals, [size], None)
+        (proposals,), _ = detector.rpn(ImageList(image, [size]), features, None)
+        found, _ = detector.roi_heads(features, [never_none(proposals)], [size], None)
         boxes = found[0]["boxes"]
         answer = (boxes, found[0]["scores"], found[0]["labels"] - 1)
         return answer if embedding is None else (*answer, embedding.embed(features, [boxes], size))

@@ -10,6 +10,9 @@ import torch
 
 from models.architectures import qdtrack
 from models.architectures.small_detectors import small_faster_rcnn
+from models.detection import OUTPUTS
+from models.edge_export import write_detector
+from models.tracking import EMBEDDINGS
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -109,3 +112,22 @@ def test_the_exported_file_answers_alike_and_also_finds_nothing(tmp_path: Path, 
     if least_score == 0.0:
         assert np.abs(found[0] - expected[0]).max() < 1e-2
         assert np.abs(found[3] - expected[3]).max() < 1e-3
+
+
+def test_an_exported_file_whose_network_proposes_nothing_gives_nothing(tmp_path: Path) -> None:
+    """Traced where there are proposals, run where every one is moved out of the picture."""
+    network = small_network()
+    network.detector.rpn.head.bbox_pred.weight.data.mul_(10)
+    network.detector.roi_heads.score_thresh = 0.0
+    proposed: list[int] = []
+    network.detector.rpn.register_forward_hook(lambda module, given, found: proposed.append(len(found[0][0])))
+    served, file = qdtrack.ServedQdtrack(network).eval(), tmp_path / "model.onnx"
+    write_detector(served, file, outputs=(*OUTPUTS, EMBEDDINGS))
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    faint = torch.randn(1, 3, 96, 128)
+    for image in (faint, 1e12 * faint):
+        with torch.no_grad():
+            expected = [len(value) for value in served(image)]
+        found = session.run(None, {"image": image.numpy()})
+        assert [len(value) for value in found] == expected
+        assert (expected[0] > 0) == (proposed[-1] > 0) == (image is faint)

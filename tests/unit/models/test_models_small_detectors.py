@@ -1,6 +1,7 @@
 """Small Faster R-CNNs: what goes in and comes out, against torchvision's own way through the same network."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +16,7 @@ from models.architectures.small_detectors import (  # noqa: E402
     ServedDetector,
     small_faster_rcnn,
 )
+from models.edge_export import write_detector  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -114,3 +116,26 @@ def test_a_served_embedding_detector_gives_a_row_per_box() -> None:
         boxes, scores, classes, embeddings = served(torch.randn(1, 3, 64, 96))
     assert len(boxes) == len(scores) == len(classes) > 0
     assert embeddings.shape == (len(boxes), 64)
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_an_exported_file_whose_network_proposes_nothing_gives_nothing(tmp_path: Path, embeds: bool) -> None:
+    """Traced where there are proposals, run where every one is moved out of the picture."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    detector = small_faster_rcnn(SMALL, 4).eval()
+    detector.rpn.head.bbox_pred.weight.data.mul_(10)
+    detector.roi_heads.score_thresh = 0.0
+    proposed: list[int] = []
+    detector.rpn.register_forward_hook(lambda module, given, found: proposed.append(len(found[0][0])))
+    served = ServedDetector(EmbeddingDetector(detector, SMALL) if embeds else detector).eval()
+    file = tmp_path / "model.onnx"
+    write_detector(served, file, outputs=("boxes", "scores", "classes", *["embeddings"] * embeds))
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    faint = torch.randn(1, 3, 96, 128)
+    for picture in (faint, 1e12 * faint):
+        with torch.no_grad():
+            expected = [len(value) for value in served(picture)]
+        found = session.run(None, {"image": picture.numpy()})
+        assert [len(value) for value in found] == expected
+        assert (expected[0] > 0) == (proposed[-1] > 0) == (picture is faint)
