@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import msgspec
 
@@ -207,7 +207,7 @@ async def connect(address: str, make_connection: Callable[[], Connection]) -> Co
     return pair[1]
 
 
-_LONGEST_SOCKET_PATH = 107  # bytes that fit into sockaddr_un
+LONGEST_SOCKET_PATH: Final = 107  # bytes that fit into sockaddr_un
 
 
 def address_fault(address: str) -> str:
@@ -215,8 +215,8 @@ def address_fault(address: str) -> str:
     scheme, _, rest = address.partition(":")
     host, _, port = rest.rpartition(":")
     if scheme == "unix" and rest.startswith("/"):
-        short = len(rest.encode()) <= _LONGEST_SOCKET_PATH
-        return "" if short else f"a socket's path has at most {_LONGEST_SOCKET_PATH} bytes: choose a shorter one"
+        short = len(rest.encode()) <= LONGEST_SOCKET_PATH
+        return "" if short else f"a socket's path has at most {LONGEST_SOCKET_PATH} bytes: choose a shorter one"
     sound = scheme == "tcp" and host != "" and port.isdigit() and int(port) <= 65535
     return "" if sound else "must be unix:/absolute/path or tcp:host:port"
 

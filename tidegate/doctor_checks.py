@@ -25,6 +25,8 @@ import msgspec
 from models.catalog import Variant, VariantError, kind_and_index, load_catalog
 from protocol.board import BOARD_ERRORS, Board
 from protocol.deployment import DeploymentFile
+from protocol.link import LONGEST_SOCKET_PATH
+from tidegate.supervisor import socket_path_length
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
 NEEDED: Final = {
@@ -42,7 +44,6 @@ NEEDED: Final = {
 """Modules that serving needs, and the packages that bring them."""
 LOWEST_PYTHON: Final = (3, 11)
 FEW_FILES: Final = 4096
-_LONGEST_SOCKET_PATH: Final = 107
 
 
 class Finding(msgspec.Struct, frozen=True):
@@ -99,8 +100,7 @@ def check_files(limit: int | None = None) -> Finding:
 
 def check_sockets(folder: str = tempfile.gettempdir(), longest_name: int = 64) -> Finding:
     """Whether unix sockets of workers fit below the folder for temporary files."""
-    path = len(f"{folder}/tidegate-xxxxxxxx/{'n' * longest_name}.sock")
-    if path > _LONGEST_SOCKET_PATH:
+    if socket_path_length(longest_name, folder) > LONGEST_SOCKET_PATH:
         return Finding("sockets", PROBLEM, f"paths below {folder} are too long", "set TMPDIR=/tmp or another short one")
     if not os.access(folder, os.W_OK):
         return Finding("sockets", PROBLEM, f"{folder} cannot be written", "set TMPDIR to a folder that can")

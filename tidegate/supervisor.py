@@ -20,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -29,6 +29,7 @@ import msgspec
 
 from protocol.board import BOARD_ERRORS, Board
 from protocol.deployment import DeploymentError, DeploymentFile
+from protocol.link import LONGEST_SOCKET_PATH
 from protocol.records import Deployment
 from tidegate.check import refuse_unknown
 
@@ -172,6 +173,7 @@ class Supervisor:
     async def __aenter__(self) -> Self:
         refuse_unknown(self.file)
         _refuse_taken_port(self.file.gateway.host, self.file.gateway.port)
+        _refuse_long_paths([worker.name for worker in self.file.workers])
         self.folder = Path(tempfile.mkdtemp(prefix="tidegate-"))
         try:
             await self._start_board()
@@ -290,6 +292,19 @@ def _refuse_taken_port(host: str, port: int) -> None:
             raise OSError(
                 f"port {port} on {host} cannot be used ({error.strerror}): choose another with --port"
             ) from error
+
+
+def socket_path_length(longest_name: int, folder: str | None = None) -> int:
+    """Bytes of a socket's path for a process with a name of so many, below the folder for temporary files."""
+    return len(os.fsencode(f"{folder or tempfile.gettempdir()}/tidegate-xxxxxxxx/.sock")) + longest_name
+
+
+def _refuse_long_paths(workers: Iterable[str]) -> None:
+    if socket_path_length(max(map(len, ["scheduler", *workers]))) > LONGEST_SOCKET_PATH:
+        raise OSError(
+            f"paths of sockets below {tempfile.gettempdir()} are longer than {LONGEST_SOCKET_PATH} bytes: "
+            "set TMPDIR=/tmp or another short one"
+        )
 
 
 def free_port(host: str = "127.0.0.1") -> int:

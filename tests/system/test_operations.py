@@ -3,10 +3,10 @@
 import asyncio
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -222,6 +222,13 @@ def test_liveness_and_errors_of_other_paths_are_json(system: RunningSystem) -> N
 # the command itself
 
 
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """For temporary files of a command: short, because paths of sockets are limited."""
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as name:
+        yield Path(name)
+
+
 def _up(file: Path, *options: str, folder: Path) -> subprocess.Popen[str]:
     """`tidegate up -f file`, its temporary folders below `folder`."""
     return subprocess.Popen(
@@ -246,10 +253,8 @@ def _up(file: Path, *options: str, folder: Path) -> subprocess.Popen[str]:
     ids=["wrong type", "unknown key", "unknown router", "no such variant", "port in use"],
 )
 def test_a_bad_start_names_key_value_and_remedy_and_starts_nothing(
-    tmp_path: Path, system: RunningSystem, line: str, instead: str, named: list[str]
+    tmp_path: Path, folder: Path, system: RunningSystem, line: str, instead: str, named: list[str]
 ) -> None:
-    folder = tmp_path / "tmp"
-    folder.mkdir()
     port = system.port if named[0] == "port" else any_port()
     text = TWO_GATEWAYS.replace(line, instead) if line else TWO_GATEWAYS
     (tmp_path / "x.toml").write_text(f"{text}\n[gateway]\nport = {port}\n")
@@ -262,7 +267,18 @@ def test_a_bad_start_names_key_value_and_remedy_and_starts_nothing(
     assert list(folder.iterdir()) == [], "no process has left a trace"
 
 
-def test_up_tells_what_is_not_ready_and_which_router_is_not_in_force(tmp_path: Path) -> None:
+def test_a_folder_too_deep_for_sockets_is_refused_before_anything_starts(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "x.toml").write_text(f"{TWO_GATEWAYS}\n[gateway]\nport = {any_port()}\n")
+    deep = folder / ("x" * 80)
+    deep.mkdir()
+    _, said = (process := _up(tmp_path / "x.toml", "--embedded", folder=deep)).communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    assert "TMPDIR=/tmp" in said, said
+    assert "Traceback" not in said
+    assert list(deep.iterdir()) == []
+
+
+def test_up_tells_what_is_not_ready_and_which_router_is_not_in_force(tmp_path: Path, folder: Path) -> None:
     """The heavy variant's file is no model; the learned router is for other instances; the port is a free one."""
     (tmp_path / "broken.toml").write_text(
         'name = "broken"\nservice = "digits"\nruntime = "onnxruntime"\nlabels = 10\npath = "broken.onnx"\n'
@@ -275,8 +291,6 @@ def test_up_tells_what_is_not_ready_and_which_router_is_not_in_force(tmp_path: P
         '[[workers]]\nname = "a"\ninstances = [{ variant = "broken" }]\n'
         '[[workers]]\nname = "b"\ninstances = [{ variant = "digits_light" }]\n'
     )
-    folder = tmp_path / "tmp"
-    folder.mkdir()
     process = _up(tmp_path / "deploy" / "x.toml", "--embedded", "--port", "0", folder=folder)
     try:
         assert process.stderr is not None
@@ -300,14 +314,12 @@ def test_up_tells_what_is_not_ready_and_which_router_is_not_in_force(tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_and_ends_everything(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_drains_and_ends_everything(tmp_path: Path, folder: Path, number: signal.Signals) -> None:
     port = any_port()
     slow = TWO_GATEWAYS.replace("efficientnet_b0_t4", "pnasnet5large_t4").partition("[services.digits]")[0] + (
         '[[workers]]\nname = "a"\ninstances = [{ variant = "pnasnet5large_t4" }]\n'
     )
     (tmp_path / "x.toml").write_text(f"{slow}\n[gateway]\nport = {port}\n")
-    folder = tmp_path / "tmp"
-    folder.mkdir()
     process = _up(tmp_path / "x.toml", "--embedded", folder=folder)
 
     async def run() -> list[int]:
@@ -344,12 +356,10 @@ def test_a_signal_drains_and_ends_everything(tmp_path: Path, number: signal.Sign
     assert list(folder.glob("tidegate-*")) == []
 
 
-def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
+def test_children_end_when_the_supervisor_is_killed(tmp_path: Path, folder: Path) -> None:
     """kill -9 of `tidegate up` itself leaves nobody behind (Linux tells the children)."""
     port = any_port()
     (tmp_path / "x.toml").write_text(f"{TWO_GATEWAYS}\n[gateway]\nport = {port}\n")
-    folder = tmp_path / "tmp"
-    folder.mkdir()
     process = _up(tmp_path / "x.toml", "--embedded", folder=folder)
     assert process.stderr is not None
     for line in process.stderr:
@@ -363,7 +373,6 @@ def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     while _with_environment(f"TMPDIR={folder}"):
         assert time.monotonic() < ends_s, "some children live on"
         time.sleep(0.1)
-    shutil.rmtree(folder)
 
 
 def _with_environment(setting: str) -> list[int]:

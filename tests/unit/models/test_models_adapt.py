@@ -91,6 +91,7 @@ def test_one_pixel_stays_one_pixel() -> None:
         (30, 5, tuple(range(1, 31, 6))),
         (15, 10, (1, 3, 4, 6, 7, 9, 10, 12, 13, 15)),
         (15, 3, (1, 6, 11)),
+        (24, 0.3 * 24, (1, 5, 8, 11, 15)),  # a rate a little below 7.2 by rounding: the tenth frame still opens a tick
     ],
 )
 def test_kept_frames_are_the_first_of_each_tick(fps: float, rate: float, kept: tuple[int, ...]) -> None:

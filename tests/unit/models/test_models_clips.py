@@ -346,3 +346,9 @@ def test_pyav_is_not_imported_before_an_mp4_comes() -> None:
         "assert not {'av', 'cv2', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+def test_what_follows_the_last_jpeg_is_padding_or_damage() -> None:
+    body = write_mjpeg(moving(2))
+    assert len(split_jpegs(body + bytes(4096), LIMITS)) == 2
+    assert refused(body + bytes(4097), "video/x-motion-jpeg").reason.startswith("after frame 2")

@@ -52,3 +52,17 @@ def test_every_kind_of_layer_is_counted_at_the_sizes_of_the_run(tmp_path: Path) 
     whole, grouped = 8 * 10 * 16 * 27, 8 * 10 * 16 * 2 * 9
     up, dense = 8 * 10 * 16 * 3 * 4, int((image[0, 0] > 0.5).sum()) * 3 * 5
     assert multiply_adds(file, image) == whole + grouped + up + dense
+
+
+def test_a_transposed_product_sums_over_its_rows(tmp_path: Path) -> None:
+    import onnx
+    from onnx import TensorProto, helper
+
+    weights = helper.make_tensor("weights", TensorProto.FLOAT, (2, 7), np.ones(14, np.float32))
+    nodes = [helper.make_node("Gemm", ["image", "weights"], ["out"], transA=1)]
+    given = helper.make_tensor_value_info("image", TensorProto.FLOAT, (2, 5))
+    out = helper.make_tensor_value_info("out", TensorProto.FLOAT, (5, 7))
+    graph = helper.make_graph(nodes, "product", [given], [out], [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, tmp_path / "product.onnx")
+    assert multiply_adds(tmp_path / "product.onnx", np.ones((2, 5), np.float32)) == 5 * 7 * 2

@@ -99,17 +99,21 @@ def test_a_network_that_proposes_or_finds_nothing_gives_nothing(tmp_path: Path, 
     import onnxruntime
 
     image = rough_noise(64, 96, torch.Generator().manual_seed(0))
-    for case in ("no proposals", "no boxes"):
+    for case in ("no boxes", "no proposals"):
         network = settled(architecture)
-        if case == "no proposals":
-            network.rpn.head.bbox_pred.bias.data.fill_(1e6)  # every box moved out of the image
-        else:
+        if case == "no boxes":
             network.roi_heads.box_predictor.cls_score.bias.data[0] = 1e4  # all background
         served = OneImage(network)
         write_detector(served, tmp_path / "m.onnx", example=(64, 96))
+        if case == "no proposals":
+            image = 1e12 * image  # every box moved out of the image, as none was when the file was made
+            proposed: list[int] = []
+            network.rpn.register_forward_hook(lambda module, given, found, n=proposed: n.append(len(found[0][0])))
         session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"), providers=["CPUExecutionProvider"])
         with torch.no_grad():
             assert [len(value) for value in served(image)] == [0, 0, 0]
+        if case == "no proposals":
+            assert proposed == [0]
         assert [len(value) for value in session.run(None, {"image": image.numpy()})] == [0, 0, 0]
 
 
@@ -213,6 +217,15 @@ def test_half_precision_halves_the_file_and_shows_the_same(tmp_path: Path) -> No
     assert found.compared > 10
     assert found.share > 0.6
     assert network.backbone.body.conv1.weight.dtype == torch.float32
+
+
+def test_noise_is_as_loud_as_a_photograph_becomes_for_the_network() -> None:
+    """A photograph's levels spread by 58: by 1 for a network that divides by that, by 58 for one that divides by 1."""
+    for name, one in load_edge_catalog().items():
+        if name in edge_export.BUILDERS:
+            photograph = np.random.default_rng(0).normal(100, 58, (4000, 3))
+            fitted = (photograph - one.mean) / one.std
+            assert edge_weights.input_spread(one) == pytest.approx(fitted.std(), rel=0.05), name
 
 
 def test_folding_normalisations_changes_nothing_else() -> None:

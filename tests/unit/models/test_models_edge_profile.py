@@ -1,7 +1,9 @@
 """The profile on detectors and trackers made of arithmetic, whose scores, sizes and passes are known."""
 
+import itertools
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,12 +12,13 @@ import pytest
 pytest.importorskip("pycocotools", reason='pip install -e ".[edge]"')
 pytest.importorskip("trackeval", reason='pip install -e ".[edge]" and what `make` adds')
 
+from models import edge_profile
 from models.adapt import Configuration, Media
 from models.associations import Association, Seen, associate
 from models.clip_limits import Frame
 from models.datasets.coco import write_coco
 from models.datasets.mot import write_sequence
-from models.datasets.scenes import LABELS, plan_scene, render
+from models.datasets.scenes import LABELS, SceneSettings, plan_scene, render
 from models.detection import Detections
 from models.edge_catalog import EdgeVariant, edge_variant_from, load_edge_catalog
 from models.edge_items import Clip, Still, coco_stills, mot_clips, scene_clips, scene_stills
@@ -158,6 +161,35 @@ def test_trackers_are_scored_in_the_originals_frames_and_pixels(kind: str) -> No
     assert measured.accuracy[0] == pytest.approx(1.0)
     assert figures.size_factor[1] == pytest.approx(1 / 3, abs=0.02)
     assert set(measured.further) == {"hota", "idf1"}
+
+
+def test_a_trackers_time_is_of_one_forward_pass_with_its_share_of_the_association(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock on which every look, and every clip's association, takes a second."""
+    clock = itertools.count()
+    monkeypatch.setattr(edge_profile, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    trackers: Any = [Follower()]
+    figures = profile_tracking(trackers, [clip(), clip()], tracking_settings([1.0], [30, 10]), lambda done: None)
+    assert figures.variants[0].service_ms == pytest.approx((31_000 / 30, 11_000 / 10))
+
+
+def test_what_is_hardly_visible_is_a_crowd_and_what_is_hidden_does_not_count() -> None:
+    seen = [render(plan_scene(seed, SceneSettings(frames=3)), [1]).truth[0].visibility for seed in range(8)]
+    crowds = [one.truth.crowd.tolist() for one in scene_stills(8)]
+    assert crowds == [(one < 0.25).tolist() for one in seen]
+    assert {True, False} <= {crowd for one in crowds for crowd in one}
+    (whole,) = scene_clips(1, first_seed=3)
+    assert whole.truth.rows[:, 6].tolist() == (whole.truth.rows[:, 8] >= 0.1).tolist()
+    assert set(whole.truth.rows[:, 6]) == {0.0, 1.0}
+
+
+def test_truth_ends_with_the_frames_that_are_read(tmp_path: Path) -> None:
+    scene = render(plan_scene(3), range(6))
+    write_sequence(tmp_path / "SCENE", list(scene.frames), scene.truth, scene.fps, LABELS)
+    (cut,) = mot_clips(tmp_path, most_frames=4)
+    assert len(cut.media.frames) == cut.truth.frame_count == 4
+    assert set(cut.truth.rows[:, 0]) == {1, 2, 3, 4}
 
 
 def test_the_table_is_one_that_placement_reads_with_every_cell_measured() -> None:

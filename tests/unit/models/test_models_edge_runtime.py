@@ -14,10 +14,12 @@ for _package in ("onnx", "onnxruntime", "trackers"):
     if importlib.util.find_spec(_package) is None:
         pytest.skip(f"needs {_package}", allow_module_level=True)
 
-from models.catalog import VariantError  # noqa: E402 - after the skip
+from models import detection  # noqa: E402 - after the skip
+from models.catalog import VariantError  # noqa: E402
 from models.detection import Detections  # noqa: E402
 from models.edge_catalog import EdgeVariant, edge_variant_from  # noqa: E402
 from models.edge_runtime import open_edge_runtime  # noqa: E402
+from models.onnx_runtime import open_session  # noqa: E402
 from models.tracking import Tracks  # noqa: E402
 from tests.fakes.finder_network import SQUARE, write_finder  # noqa: E402
 
@@ -104,3 +106,20 @@ def test_serving_imports_neither_torch_nor_opencv() -> None:
         "import models.edge_runtime, sys; assert not {'torch', 'cv2', 'trackers', 'av', 'scipy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("kind", ["", "qdtrack"])
+def test_a_variant_runs_on_as_many_threads_as_it_is_given(
+    finder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, int]] = []
+    real = open_session
+
+    def noted(name: str, path: str, device: str, threads: int, *rest: Any) -> Any:
+        asked.append((device, threads))
+        return real(name, path, device, threads, *rest)
+
+    monkeypatch.setattr(detection, "open_session", noted)
+    changes = {"service": "tracking", "tracker": kind} if kind else {}
+    open_edge_runtime(variant(finder, **changes), "cpu", 2).close()
+    assert asked == [("cpu", 2)]

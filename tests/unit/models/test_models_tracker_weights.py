@@ -172,6 +172,19 @@ def test_mmtrackings_yolox_fits_name_for_name(name: str, depth: float, width: fl
         tracker_weights.yolox_names(state | {"backbone.other.weight": torch.empty(1)})
 
 
+def test_the_halves_of_a_block_keep_their_places() -> None:
+    """In mmdetection's code the main convolution leads to the bottlenecks, as the first one does in Megvii's."""
+    state = {f"detector.{key}": torch.rand(shape) for key, shape in mm_yolox_shapes(0.33, 0.25).items()}
+    network: Any = yolox.yolox("scenes_yolox", 1).eval()
+    network.load_state_dict(tracker_weights.yolox_names(state))
+    for theirs, ours in (
+        ("backbone.stage2.1", network.backbone.backbone.dark3[1]),
+        ("neck.top_down_blocks.1", network.backbone.C3_p3),
+    ):
+        for name, layer in (("main_conv", ours.conv1), ("short_conv", ours.conv2), ("final_conv", ours.conv3)):
+            assert torch.equal(state[f"detector.{theirs}.{name}.conv.weight"], layer.conv.weight), (theirs, name)
+
+
 def test_a_random_yolox_file_equals_torch_box_for_box(tmp_path: Path) -> None:
     built = tracker_weights.build_yolox("bytetrack_yolox_x", "random", 3, size="yolox_nano")
     write_detector(built.in_precision("float32"), tmp_path / "m.onnx", outputs=built.outputs)

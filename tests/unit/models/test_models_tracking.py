@@ -246,3 +246,20 @@ def test_associations_name_detections_of_frames_they_have_seen(association: Asso
             assert of_frame in (frame - 1, frame)
             assert detection in (0, 1, 2)
             assert track >= 0
+
+
+def test_a_backdrop_is_forgotten_after_its_frames() -> None:
+    """The newcomer of the test above, but with a frame between: nothing keeps it from the track any more."""
+    boxes = np.array([[0.0, 0, 30, 30], [100, 0, 130, 30]])
+    looks, kinds = np.array([[4.0, 0], [3.0, 3.0]]), np.zeros(2, dtype=np.int64)
+    for backdrop_frames, expected in ((1, 1), (2, NOBODY)):
+        tracker = QuasiDense(QuasiDenseSettings(backdrop_frames=backdrop_frames))
+        tracker.update(boxes, np.array([0.95, 0.6]), kinds, looks)
+        tracker.update(np.empty((0, 4)), np.empty(0), kinds[:0], looks[:0])
+        assert tracker.update(boxes[1:], np.array([0.6]), kinds[1:], looks[1:]).tolist() == [expected]
+
+
+def test_of_classes_with_equal_scores_a_track_has_the_first() -> None:
+    for order in ([0, 1], [1, 0]):
+        frames = [seen(drifting(f)[:1], [0.95], [label], np.ones((1, 2))) for f, label in enumerate(order)]
+        assert follow(frames, associate("qdtrack")).classes.tolist() == [0, 0]
