@@ -1,6 +1,7 @@
 """A client of the gateway in memory: HTTP bytes into a real connection, the answer's bytes out, no network between."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -122,3 +123,13 @@ async def soon(condition: Callable[[], object]) -> None:
     """Lets the loop turn until the condition holds."""
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0)
+
+
+def tally(gateway: Gateway) -> dict[str, int]:
+    """Outcomes so far; the law holds at every look."""
+    statistics = gateway.statistics()
+    counted: Counter[str] = Counter()
+    for one in statistics.outcomes.values():
+        counted.update(one)
+    assert statistics.arrived == counted.total() + statistics.in_flight
+    return counted

@@ -11,9 +11,9 @@ import pytest
 
 from gateway.exchange import Exchange
 from protocol.outcomes import Attempt
-from tests.fakes.scripted_client import Client, soon
+from tests.fakes.scripted_client import Client, soon, tally
 from tests.fakes.scripted_worker import ScriptedFleet
-from tests.unit.gateway.test_gateway_handle import CHUNKED, gateway_over, run, tally
+from tests.unit.gateway.test_gateway_handle import CHUNKED, gateway_over, run
 
 ANSWER = b'{"predictions":[]}'
 

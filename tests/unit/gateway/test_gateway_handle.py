@@ -1,7 +1,6 @@
 """The life of one request without a network: scripted worker below, a connection's bytes above; counted once."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from gateway.document import INFER_OPERATION
 from gateway.handle import Gateway
 from protocol.board import Board
 from protocol.outcomes import Attempt, Outcome
-from tests.fakes.scripted_client import Client, soon
+from tests.fakes.scripted_client import Client, soon, tally
 from tests.fakes.scripted_worker import ScriptedFleet
 
 NOBODY = "redis://127.0.0.1:1/0"
@@ -26,16 +25,6 @@ def gateway_over(fleet: ScriptedFleet, **settings: Any) -> Gateway:
     gateway.fleet.services.update(fleet.services)
     gateway.fleet.peers.update(fleet.peers)  # type: ignore[arg-type]
     return gateway
-
-
-def tally(gateway: Gateway) -> dict[str, int]:
-    """Outcomes so far; the law holds at every look."""
-    statistics = gateway.statistics()
-    counted: Counter[str] = Counter()
-    for one in statistics.outcomes.values():
-        counted.update(one)
-    assert statistics.arrived == counted.total() + statistics.in_flight
-    return counted
 
 
 def run(body: Callable[[], Awaitable[None]]) -> None:
