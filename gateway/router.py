@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from gateway.batch_forecast import BatchForecast
+from policies.routing.batch_forecast import BatchForecast
 from policies.routing.contract import HOLD, REJECT, Rule
 from policies.routing.draw import cumulative
 from policies.routing.estimation import (

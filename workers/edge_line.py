@@ -7,9 +7,9 @@ answer may leave. Requests are in line from their arrival at the decided node. P
 
 from collections.abc import Callable
 
+from policies.routing.service_time import ServiceTimes
 from workers.edge_fifo import Fifo, Span
 from workers.edge_view import Task
-from workers.service_time import ServiceTimes
 
 
 class Turn:

@@ -16,13 +16,13 @@ import msgspec
 
 from models.preprocess import InvalidInput, Prepared
 from models.runtime import Answer
+from policies.routing.queueing import Entry, EntryState
 from protocol.outcomes import Attempt
 from protocol.records import InstanceState, Reply, Status
 from workers.answers import encode_answer
 from workers.device import Clock, Device, Timer
 from workers.instance import Instance, InstanceStatistics, Request
 from workers.preparing import Preparer
-from workers.queueing import Entry, EntryState
 
 log = logging.getLogger(__name__)
 

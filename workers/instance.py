@@ -15,7 +15,9 @@ import msgspec
 
 from models.preprocess import Prepared
 from models.runtime import EmulatedRuntime, Runtime
+from policies.routing.queueing import BoundedQueue, Entry, QueueStatistics
 from policies.routing.rules import largest_batch
+from policies.routing.service_time import ServiceTimes
 from protocol.outcomes import Attempt
 from protocol.records import (
     BOUNCE,
@@ -29,8 +31,6 @@ from protocol.records import (
     Status,
 )
 from workers.histogram import Histogram, HistogramStatistics
-from workers.queueing import BoundedQueue, Entry, QueueStatistics
-from workers.service_time import ServiceTimes
 
 
 class Request(Entry):

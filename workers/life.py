@@ -15,12 +15,12 @@ import msgspec
 from models.catalog import Variant, VariantError, load_catalog
 from models.preprocess import Prepared
 from models.runtime import EmulatedRuntime, Runtime, batch_factor, blank_tensor, open_runtime
+from policies.routing.service_time import IDLE_RATE
 from protocol.outcomes import Attempt
 from protocol.records import InstanceState
 from workers.device import Clock
 from workers.host import Host
 from workers.instance import Instance
-from workers.service_time import IDLE_RATE
 
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0

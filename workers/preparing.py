@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from models.preprocess import Prepared
 from models.runtime import Runtime
+from policies.routing.queueing import EntryState
 from workers.instance import Request
-from workers.queueing import EntryState
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """One simulated instance in compiled code: its bounded first come first served queue, its batches and its service.
 
 A request is admitted (`admit`), started with others (`start`) and finished (`finish`); `clear_at_s` is what the worker
-would say when asked how long it is busy. The live counterpart is `workers/queueing.py`, under the same rules.
+would say when asked how long it is busy. The live counterpart is `queueing.py`, under the same rules.
 
 Names in compiled code: p the `Settings`, kind what instances are, q and f one environment's `queue` and `times`,
 x its `clock`, count its `tally`, random its streams; i an instance, k a place in its ring.

@@ -9,13 +9,13 @@ import numpy as np
 
 from models.preprocess import InvalidInput, Prepared
 from models.runtime import Answer
+from policies.routing.queueing import EntryState
 from protocol.outcomes import Attempt
 from protocol.records import Infer, InstanceSpec, InstanceState, Reply
 from workers.device import Device, LoopClock
 from workers.host import Host
 from workers.instance import Instance, Request
 from workers.preparing import Preparer
-from workers.queueing import EntryState
 
 Bench = Any  # of this folder's conftest.py
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from policies.routing.queueing import Entry
 from protocol.outcomes import Attempt
 from protocol.records import Deployment, InstanceSpec, InstanceState, ServiceSpec, Table, WorkerSpec
 from workers.batch_limits import BatchLimits
 from workers.instance import Instance
 from workers.life import Loading
-from workers.queueing import Entry
 from workers.reconcile import Reconciler, compare, wanted_on
 
 Bench = Any  # of this folder's conftest.py

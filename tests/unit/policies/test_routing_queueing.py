@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from policies.routing.queueing import BoundedQueue, Entry, EntryState
 from protocol.outcomes import Attempt
-from workers.queueing import BoundedQueue, Entry, EntryState
 
 INF = float("inf")
 

@@ -2,8 +2,7 @@
 
 import pytest
 
-from workers.histogram import TIME_BOUNDS_S, Histogram
-from workers.service_time import RATE, ServiceTimes
+from policies.routing.service_time import RATE, ServiceTimes
 
 
 def test_the_estimate_follows_a_change() -> None:
@@ -43,14 +42,3 @@ def test_how_long_a_line_takes(waiting: int, limits: tuple[int, int], batches: l
     for size in (1, 3, 4, 5):
         times.observe(size, 0.4 + 0.6 * size)
     assert times.drain_s(waiting, *limits) == pytest.approx(sum(0.4 + 0.6 * size for size in batches))
-
-
-def test_histogram_counts_by_bucket() -> None:
-    """A value on a bound belongs to it, as in Prometheus; one beyond all belongs to the open bucket."""
-    histogram = Histogram()
-    for value_s in (0.0, 0.001, 0.0011, 99.0):
-        histogram.observe(value_s)
-    reading = histogram.statistics()
-    assert len(reading.counts) == len(TIME_BOUNDS_S) + 1
-    assert (reading.counts[0], reading.counts[1], reading.counts[-1], sum(reading.counts)) == (2, 1, 1, 4)
-    assert reading.total_s == pytest.approx(99.0021)
