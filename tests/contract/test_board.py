@@ -296,6 +296,21 @@ def test_one_scheduler_holds_the_lease(board_url: str, monkeypatch: pytest.Monke
     run(board_url, scenario)
 
 
+def test_what_has_to_be_renewed_lives_three_seconds_from_then_on(board_url: str) -> None:
+    """Registrations, gateways and the lease; the second time, too."""
+
+    async def scenario(board: Board) -> None:
+        for _ in range(2):
+            await board.post_instances([record("w/a")], changed=False)
+            await board.post_gateway("g")
+            assert await board.hold_lease("one")
+            for key in ("instance:w/a", "gateway:g", "lease:scheduler"):
+                assert 2000 < await board._redis.pttl(key) <= 3000
+                await board._redis.pexpire(key, 1500)
+
+    run(board_url, scenario)
+
+
 class Follower:
     """What `Board.follow` told."""
 

@@ -215,6 +215,40 @@ def test_flags_say_what_the_worker_may_do() -> None:
     run(body)
 
 
+@pytest.mark.parametrize(("margin", "flags"), [(0.5, 0), (0.9, BOUNCE)])
+def test_only_what_was_forecast_to_be_in_time_may_be_bounced(margin: float, flags: int) -> None:
+    """0.05 s of 0.08 s: within a margin of 0.9. With less it was sent there for want of anything better."""
+
+    async def body() -> None:
+        fleet = ScriptedFleet("deadline", a="heavy", b="heavy")
+        fleet.router.margin[0] = margin
+        task = await started(dispatcher(fleet), fleet, request(budget_s=0.08))
+        assert fleet["a"].asked[1].flags == flags
+        fleet["a"].reply(Attempt.OK)
+        await task
+
+    run(body)
+
+
+def test_an_instance_that_says_that_it_is_not_ready_is_asked_no_more() -> None:
+    """Until its next registration: what the board says of it is out of date."""
+
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light", b="light")
+        dispatch = dispatcher(fleet)  # draws 0: always the first that is open
+        first = await started(dispatch, fleet, request())
+        fleet["a"].reply(Attempt.UNAVAILABLE)
+        fleet["b"].reply(Attempt.OK)
+        assert (await first).attempts == 2
+        second = await started(dispatch, fleet, request())
+        fleet["b"].reply(Attempt.OK)
+        assert (await second).attempts == 1
+        assert len(fleet["a"].asked) == 1
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
 # the single queue
 
 
@@ -231,6 +265,22 @@ def test_held_requests_go_to_idle_instances_in_order_of_arrival() -> None:
             await asyncio.sleep(0)
         budgets = [asked.budget_s for asked in fleet["a"].asked.values()]
         assert budgets == sorted(budgets)
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
+def test_who_is_pinned_to_a_variant_does_not_wait_behind_who_is_held() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("single-queue", capacity=10, a="heavy")
+        dispatch = dispatcher(fleet)
+        tasks = [await started(dispatch, fleet, request(variant=variant)) for variant in ("", "", "heavy")]
+        assert dispatch.statistics().held == {"imagenet": 1}
+        assert len(fleet["a"].asked) == 2
+        for _ in tasks:
+            fleet["a"].reply(Attempt.OK)
+        for task in tasks:
+            await task
         at_rest(dispatch, fleet)
 
     run(body)
@@ -305,6 +355,10 @@ def test_one_timer_gives_up_each_request_at_its_own_time() -> None:
         assert not tasks[0].done()
         fleet["a"].reply(Attempt.OK, number=1)
         await tasks[0]
+        later = [await started(dispatch, fleet, request(budget_s=budget_s)) for budget_s in (0.001, 0.03)]
+        for task in later:  # the first's end sets the timer for the second
+            with pytest.raises(AnswerTimeout):
+                await task
         at_rest(dispatch, fleet)
 
     run(body)

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import msgspec
 import pytest
 
 from protocol.frames import Frame, Kind, encode_head
-from protocol.link import Connection, LinkClosed, connect, serve
+from protocol.link import Connection, LinkClosed, address_fault, connect, serve
 from protocol.peer import Peer
 from protocol.records import Goodbye, Infer, Reply, Status
+from tests.fakes.virtual_time import run as run_in_virtual_time
 
 
 class Server:
@@ -257,6 +259,7 @@ def test_a_peer_comes_back_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyP
             await come(lambda: len(server.frames) == 2)
             assert (server.frames[1][1].kind, server.frames[1][1].request_id) == (Kind.CANCEL, request_id)
             assert not future.done(), "nobody waits for it any more"
+            assert peer.in_flight == 0
             _, lost = peer.request(Kind.INFER, Infer("a", 1.0))
             server.connections[0].close("restarting")
             with pytest.raises(LinkClosed, match="restarting"):
@@ -270,3 +273,66 @@ def test_a_peer_comes_back_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyP
             await come(lambda: not peer.up)
 
     asyncio.run(scenario())
+
+
+def test_a_peer_tries_again_ever_later_and_soon_again_once_it_was_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.05 s, doubled up to 1 s; a connection that is lost after all begins with no pause, then with the shortest."""
+    tries_s: list[float] = []
+
+    async def scenario() -> None:
+        async def connecting(address: str, make: Callable[[], Connection]) -> Connection:
+            tries_s.append(asyncio.get_running_loop().time())
+            if len(tries_s) != 8:
+                raise ConnectionRefusedError
+            return make()
+
+        monkeypatch.setattr("protocol.peer.connect", connecting)
+        peer = Peer("unix:/nowhere", lambda peer: None)
+        running = asyncio.create_task(peer.run())
+        await asyncio.sleep(10.0)
+        assert peer._connection is not None
+        peer._connection.connection_lost(None)
+        await asyncio.sleep(0.1)
+        running.cancel()
+        await asyncio.wait([running])
+
+    run_in_virtual_time(scenario())
+    pauses_s = [later - earlier for earlier, later in pairwise(tries_s)]
+    assert pauses_s[:7] == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.0, 1.0])
+    assert tries_s[8:] == pytest.approx([10.0, 10.05])
+
+
+def test_a_payload_in_pieces_arrives_whole(tmp_path: Path) -> None:
+    """As it came from a client: nobody joins the pieces before they are sent."""
+
+    async def scenario(server: Server, address: str) -> None:
+        client = await client_of(address)
+        client.send(Kind.CANCEL, 1, None, [b"one", bytearray(b"two"), b"three"])
+        client.send(Kind.CANCEL, 2, None, ())
+        await come(lambda: len(server.frames) == 2)
+        assert [frame.payload for _, frame in server.frames] == [b"onetwothree", b""]
+        client.close("done")
+
+    run(tmp_path, scenario)
+
+
+def test_who_waits_is_told_why_a_connection_was_cut(tmp_path: Path) -> None:
+    """A cut says no goodbye: this side's reason is all that there is."""
+
+    async def scenario(server: Server, address: str) -> None:
+        client = await client_of(address)
+        _, waiting = client.request(Kind.STATUS_REQUEST)
+        client.abort("it hangs")
+        with pytest.raises(LinkClosed, match="it hangs"):
+            await waiting
+        await come(lambda: server.reasons)
+        assert "it hangs" not in server.reasons[0]
+
+    run(tmp_path, scenario)
+
+
+def test_a_sockets_path_is_measured_in_bytes() -> None:
+    """107 of them fit into the system's address, however many characters they are."""
+    folder = "/" + "é" * 50  # 101 bytes
+    assert address_fault(f"unix:{folder}/54321") == ""
+    assert "at most 107 bytes" in address_fault(f"unix:{folder}/654321")

@@ -91,6 +91,7 @@ def test_a_node_that_dies_is_not_known_before_the_board_knows(tmp_path: Path) ->
             world.board.node_records = [world.a.record, world.b.record]
             await world.board.tell()
             await until(lambda: world.links.peer("a") is not None)
+            assert set(world.known()) == {"b"}, "what it said before it died is no longer true"
             await world.links.ask(5.0)
             assert set(world.known()) == {"a", "b"}
 
@@ -163,6 +164,28 @@ def test_what_waits_for_a_node_that_is_off_the_board_and_silent_is_lost(
             await until(lambda: bool(lost) and not here.links.records)
             assert isinstance(lost[0], LinkClosed)
             assert not kept
+
+    asyncio.run(body())
+
+
+def test_what_waits_for_a_node_that_ended_in_order_is_not_cut_off(tmp_path: Path) -> None:
+    """It takes its registration back while it still finishes what it has."""
+
+    async def body() -> None:
+        async with World(tmp_path) as here:
+            here.a.silent = True
+            ends: list[Frame | LinkClosed] = []
+            peer = here.links.peer("a")
+            assert peer is not None
+            peer.ask(Kind.NODE_STATUS_REQUEST, None, b"", ends.append)
+            here.board.node_records = [msgspec.structs.replace(here.a.record, draining=True), here.b.record]
+            await here.board.tell()
+            here.board.node_records = [here.b.record]
+            await here.board.tell()
+            await asyncio.sleep(0.01)
+            assert set(here.links.records) == {"b"}
+            assert peer.up
+            assert not ends
 
     asyncio.run(body())
 
