@@ -302,6 +302,23 @@ def test_the_single_queue_is_bounded_by_the_places_of_all() -> None:
     run(body)
 
 
+def test_who_is_held_until_it_cannot_finish_any_more_expires() -> None:
+    """Its time is not over, but less is left of it than the quickest instance takes (0.05 s)."""
+
+    async def body() -> None:
+        fleet = ScriptedFleet("single-queue", capacity=10, a="heavy")
+        fleet.router.configure(msgspec.structs.replace(fleet.router.spec, expire=True))
+        dispatch = dispatcher(fleet)
+        first, hopeless = [await started(dispatch, fleet, request(budget_s=budget_s)) for budget_s in (60.0, 0.045)]
+        fleet["a"].reply(Attempt.OK)
+        await first
+        assert (await refused(hopeless)).outcome is Outcome.EXPIRED
+        assert len(fleet["a"].asked) == 1
+        at_rest(dispatch, fleet)
+
+    run(body)
+
+
 def test_a_held_client_that_leaves_gives_up_its_turn() -> None:
     async def body() -> None:
         fleet = ScriptedFleet("single-queue", capacity=10, a="heavy")
