@@ -41,7 +41,7 @@ curl --data-binary @street.jpg -H 'Content-Type: image/jpeg' -H 'X-Edge-Node: a'
 | outcome | status | do |
 |---|---|---|
 | OK | 200 | |
-| LATE | 200 with `X-Tidegate-Late: 1`, or 504 | |
+| LATE | 200, or 504, with `X-Tidegate-Late: 1` | |
 | QUEUE_FULL, UNAVAILABLE | 429, 503 with `Retry-After` | come back after so many seconds: nothing was computed |
 | EXPIRED | 504 | it could not have been in time: nothing was computed |
 | INVALID | 400 to 422 | correct the request: the error says what is wrong |
@@ -115,6 +115,7 @@ def _error(description: str, **headers: str) -> dict[str, Any]:
 
 _NUMBER: Final = {"type": "number"}
 _RETRY_AFTER: Final = "Seconds until a place may be free."
+_LATE: Final = "1 if the answer came after the deadline, else absent."
 _ANSWER_SCHEMA: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {
@@ -170,7 +171,7 @@ INFER_OPERATION: Final[dict[str, Any]] = {
     "responses": {
         "200": {
             "description": "OK, or LATE with the header X-Tidegate-Late: 1",
-            "headers": _headers(X_Tidegate_Late="1 if the answer came after the deadline, else absent."),
+            "headers": _headers(X_Tidegate_Late=_LATE),
             "content": {"application/json": {"schema": _ANSWER_SCHEMA}},
         },
         "400": _error("INVALID: an empty or unreadable image, a bad header"),
@@ -183,6 +184,9 @@ INFER_OPERATION: Final[dict[str, Any]] = {
         "429": _error("QUEUE_FULL", Retry_After=_RETRY_AFTER),
         "500": _error("FAILED: the model raised"),
         "503": _error("UNAVAILABLE: no ready instance, or no memory for another upload", Retry_After=_RETRY_AFTER),
-        "504": _error("EXPIRED: it could not finish in time (or LATE where the service answers lateness with errors)"),
+        "504": _error(
+            "EXPIRED: it could not finish in time (or LATE where the service answers lateness with errors)",
+            X_Tidegate_Late=_LATE,
+        ),
     },
 }

@@ -84,7 +84,7 @@ def _infer(id: str, path: tuple[dict[str, Any], ...]) -> dict[str, Any]:
         "429": "QUEUE_FULL: retry after the header Retry-After",
         "500": "FAILED: the model raised",
         "503": "UNAVAILABLE: no ready instance; retry after the header Retry-After",
-        "504": "EXPIRED: it could not finish in time",
+        "504": "EXPIRED: it could not finish in time (or LATE, with X-Tidegate-Late: 1, where that is an error)",
     }
     length = _parameter(
         "Inference-Header-Content-Length",

@@ -18,6 +18,7 @@ Header = tuple[bytes, bytes]
 _JSON: Final[Header] = (b"content-type", b"application/json")
 _CLOSE: Final[Header] = (b"connection", b"close")
 _ALLOW: Final[Header] = (b"allow", b"POST")
+_LATE: Final[Header] = (b"x-tidegate-late", b"1")
 _RETRY_LATER: Final = frozenset({Outcome.QUEUE_FULL, Outcome.UNAVAILABLE})
 
 
@@ -39,6 +40,8 @@ def refusal(id: str, refused: Refused, retry_after_s: float = 1.0) -> tuple[int,
     headers = [_JSON, (b"content-length", b"%d" % len(body)), (b"x-request-id", id.encode())]
     if refused.outcome in _RETRY_LATER:
         headers.append((b"retry-after", b"%d" % max(1, math.ceil(retry_after_s))))
+    if refused.outcome is Outcome.LATE:  # it tells this 504 from that of a request that was never computed
+        headers.append(_LATE)
     status = refused.http_status or HTTP_STATUS[refused.outcome]
     if status == 405:
         headers.append(_ALLOW)

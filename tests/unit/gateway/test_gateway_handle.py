@@ -1,6 +1,7 @@
 """The life of one request without a network: scripted worker below, a connection's bytes above; counted once."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from gateway.config import ConfigError, GatewayConfig
 from gateway.document import INFER_OPERATION
 from gateway.handle import Gateway
+from loadgen.answers import Outcome as SeenOutcome
+from loadgen.answers import outcome_of
 from protocol.board import Board
 from protocol.outcomes import Attempt, Outcome
 from tests.fakes.scripted_client import Client, soon, tally
@@ -87,9 +90,24 @@ def test_lateness_is_said_in_the_way_that_the_service_chose(on_late: str, status
         fleet["a"].reply(Attempt.LATE, payload=b'{"predictions":[]}')
         assert client.status == status
         assert client.json["outcome" if status == 200 else "code"] == "LATE"
-        assert client.headers.get("x-tidegate-late") == ("1" if status == 200 else None)
+        assert client.headers.get("x-tidegate-late") == "1"
+        assert outcome_of(client.status, "x-tidegate-late" in client.headers) is SeenOutcome.LATE, "the sender's view"
         assert tally(gateway) == {"LATE": 1}
         agrees_with_the_document(client)
+
+    run(body)
+
+
+def test_who_is_refused_may_come_again_when_the_first_instance_is_predicted_to_be_clear() -> None:
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="heavy", b="light")
+        gateway = gateway_over(fleet)
+        for target in fleet.router.targets:
+            fleet.router.close(target)
+        fleet.router.clear_s[:] = [time.monotonic() + 50.0, time.monotonic() + 20.999]
+        client = Client().ask(gateway)
+        assert client.status == 503
+        assert client.headers["retry-after"] == "21"
 
     run(body)
 
