@@ -10,6 +10,7 @@ import struct
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import tritonclient.http as triton
@@ -316,6 +317,35 @@ def test_a_refusal_is_an_error_of_the_protocol() -> None:
     assert (status, json.loads(body)["error"]) == (429, "no place in the queue")
     assert int(headers["retry-after"]) >= 1
     assert surface.json("GET", "/v2/models/small/stats")[1]["model_stats"][0]["inference_stats"]["fail"]["count"] == 1
+
+
+@pytest.mark.parametrize(("on_late", "status"), [("serve", 200), ("error", 504)])
+def test_lateness_is_judged_when_the_answer_is_there(on_late: str, status: int) -> None:
+    surface = Surface()
+    surface.router.configure(msgspec.structs.replace(surface.router.spec, on_late=on_late))
+    given, headers, body = surface.call(
+        "POST", "/v2/models/pets/infer", b"image", x_deadline_ms="0.0001", content_type="image/png"
+    )
+    assert (given, headers["x-tidegate-late"]) == (status, "1")
+    answer = json.loads(body)
+    assert (answer["code"] if status == 504 else answer["parameters"]["outcome"]) == "LATE"
+    assert status == 504 or answer["parameters"]["total_ms"] > 0.0
+    assert surface.outcomes() == {"pets": {"LATE": 1}}
+
+
+def test_a_refusal_ends_the_connection_only_where_the_body_may_not_have_been_read() -> None:
+    surface = Surface()
+    asked = ("POST", "/v2/models/pets/infer", b"x" * 20_001)
+    status, headers, _ = surface.call(*asked, content_length="20001")
+    assert (status, headers.get("connection")) == (413, "close")
+    surface.fails = Refused(Outcome.QUEUE_FULL, "no place")
+    status, headers, _ = surface.call("POST", "/v2/models/pets/infer", b"image", content_type="image/png")
+    assert (status, headers.get("connection")) == (429, None)
+    # Elsewhere below /v2, too.
+    status, headers, _ = surface.call("POST", "/v2/repository/index", b"x", content_length="70000")
+    assert (status, headers.get("connection")) == (413, "close")
+    status, headers, _ = surface.call("POST", "/v2/repository/index", b"x")
+    assert (status, headers.get("connection")) == (400, None)
 
 
 def test_health_and_metadata() -> None:
