@@ -13,7 +13,7 @@ from gateway.exchange import Exchange
 from protocol.outcomes import Attempt
 from tests.fakes.scripted_client import Client, soon, tally
 from tests.fakes.scripted_worker import ScriptedFleet
-from tests.unit.gateway.test_gateway_handle import CHUNKED, gateway_over, run
+from tests.unit.gateway.test_gateway_handle import CHUNKED, gateway_over, limited, run
 
 ANSWER = b'{"predictions":[]}'
 
@@ -78,6 +78,22 @@ def test_a_client_is_refused_once(first: bytes) -> None:
         client.send(b"\0")
         assert len(statuses(client)) == 1
         assert client.socket.ended
+
+    run(body)
+
+
+def test_a_body_that_was_sent_ahead_is_held_to_the_limit_in_its_turn() -> None:
+    """It came in chunks that announce no length, before anybody knew which limit is its."""
+
+    async def body() -> None:
+        fleet, gateway = limited()  # 10 bytes
+        client = Client().connect(gateway)
+        client.send(image() + Client(b"b\r\n12345678901\r\n0\r\n\r\n", CHUNKED).request)
+        fleet["a"].reply(Attempt.OK, payload=ANSWER)
+        await soon(lambda: len(statuses(client)) == 2)
+        assert statuses(client) == [200, 413]
+        assert len(fleet["a"].asked) == 1
+        assert tally(gateway) == {"OK": 1, "INVALID": 1}
 
     run(body)
 
