@@ -13,7 +13,7 @@ from typing import Final
 
 import msgspec
 
-from policies.routing.batch_forecast import BatchForecast
+from policies.routing.batch_forecast import BatchForecast, choosable
 from policies.routing.contract import HOLD, REJECT, Rule
 from policies.routing.draw import cumulative
 from policies.routing.estimation import (
@@ -173,7 +173,8 @@ class ServiceRouter:
             self.service_s.append(service_s)
             self.capacity.append(capacity.get(target.id, 0))
             self.rank.append(order.get(target.record.variant, len(order)))
-        times_s = [target.record.batch_s if self.bounces else None for target in targets]
+        records = [target.record for target in targets]
+        times_s = [choosable(record.batch, record.batch_s) if self.bounces else None for record in records]
         batching = any(one is not None for one in times_s)
         self.batches = BatchForecast(times_s, self.service_s, self.length) if batching else None
         self._count()

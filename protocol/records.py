@@ -110,8 +110,8 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     """`instance:{id}` on the board, renewed by its worker every second, gone 3 s after the worker is.
 
     `epoch` differs after each start of the worker, so that a reader notices a restart that kept the address.
-    `input` and `classes` say what the variant takes and how many scores it gives, once it is loaded. `batch_s`: what
-    batches of 1, 3 and 5 take, where the deployment lets it batch from 1 on; a size it may not make never pays.
+    `input` and `classes` say what the variant takes and how many scores it gives, once it is loaded. `batch`: the
+    deployment's limits; `batch_s`: what batches of 1, 3 and 5 take (a size never made: in proportion), once known.
     """
 
     id: str
@@ -129,6 +129,7 @@ class InstanceRecord(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     input: InputRecord | None = None
     classes: int = 0
+    batch: tuple[int, int] = (1, 1)
     batch_s: tuple[float, float, float] | None = None
 
 

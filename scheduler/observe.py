@@ -121,6 +121,8 @@ class Observer:
             service_s=(record.service_s if record is not None else 0.0) or _UNKNOWN_SERVICE_S,
             accuracy=(record.accuracy if record is not None else None) or 0.0,
             capacity=record.capacity if record is not None else 15,
+            batch=record.batch if record is not None else (1, 1),
+            batch_s=record.batch_s if record is not None else None,
         )
 
     async def event(self, service: str, *, phases: bool) -> None:

@@ -15,6 +15,7 @@ import msgspec
 
 from models.preprocess import Prepared
 from models.runtime import EmulatedRuntime, Runtime
+from policies.routing.batch_forecast import BatchTimes, choosable
 from policies.routing.queueing import BoundedQueue, Entry, QueueStatistics
 from policies.routing.rules import largest_batch
 from policies.routing.service_time import ServiceTimes
@@ -116,8 +117,9 @@ class Instance:
     def admit(self, request: Request, backlog_s: float) -> Attempt | None:
         """Decide on arrival; None when admitted. `backlog_s`: what the device holds already."""
         queue, times = self.queue, self.times
-        if request.bounce and self.batches_by_choice:
-            own_s = self._choose_batch(request)
+        batches = request.bounce and self.spec.batch[1] > 1
+        if batches and (batch_s := choosable(self.spec.batch, times.batch_s())):
+            own_s = self._choose_batch(request, batch_s)
             return queue.arrive(request, request.arrived_s + backlog_s, own_s, times.least_s)
         if self.has_chosen:
             self.has_chosen = False
@@ -129,21 +131,10 @@ class Instance:
             own_s = max(0.0, times.drain_s(queue.not_started + 1, *limits) - times.drain_s(queue.not_started, *limits))
         return queue.arrive(request, request.arrived_s + backlog_s, own_s, times.least_s)
 
-    @property
-    def batches_by_choice(self) -> bool:
-        """Whether `deadline` may choose how many it serves together: the deployment allows 1 and more than 1."""
-        return self.spec.batch[0] == 1 and self.spec.batch[1] > 1
-
-    def batch_s(self) -> tuple[float, float, float]:
-        """Expected times of batches of 1, 3 and 5; a size that the deployment forbids saves nothing."""
-        one_s = self.times.mean_s(1)
-        three_s, five_s = (self.times.mean_s(k) if k <= self.spec.batch[1] else k * one_s for k in (3, 5))
-        return one_s, three_s, five_s
-
-    def _choose_batch(self, request: Request) -> float:
+    def _choose_batch(self, request: Request, batch_s: BatchTimes) -> float:
         """Sets the largest batch as the request's gateway forecasts it; what the request adds if that is full."""
         queue, times = self.queue, self.times
-        largest = largest_batch(*self.batch_s(), queue.length + 1, request.asked.budget_s, request.asked.margin)
+        largest = largest_batch(*batch_s, queue.length + 1, request.asked.budget_s, request.asked.margin)
         queue.set_batch_limits(1, largest)
         self.has_chosen = True
         waiting = queue.not_started
@@ -190,7 +181,8 @@ class Instance:
             reason=self.reason,
             input=InputRecord(variant.input.name, variant.input.shape, variant.input.dtype) if variant else None,
             classes=variant.classes if variant else 0,
-            batch_s=self.batch_s() if self.batches_by_choice and self.times.mean_s(1) > 0.0 else None,
+            batch=self.spec.batch,
+            batch_s=self.times.batch_s() if self.times.mean_s(1) > 0.0 else None,
         )
 
     def statistics(self) -> InstanceStatistics:

@@ -15,6 +15,7 @@ import msgspec
 from models.catalog import Variant, VariantError, load_catalog
 from models.preprocess import Prepared
 from models.runtime import EmulatedRuntime, Runtime, batch_factor, blank_tensor, open_runtime
+from policies.routing.contract import BATCH_SIZES
 from policies.routing.service_time import IDLE_RATE
 from protocol.outcomes import Attempt
 from protocol.records import InstanceState
@@ -128,15 +129,14 @@ def _check_memory(variant: Variant, host: Host, loading: Loading) -> None:
 
 async def _warm_up(instance: Instance, runtime: Runtime, host: Host) -> None:
     """Run once, then learn what each batch size takes (an emulated variant's law is asked instead)."""
-    sizes = [size for size in (1, 3, 5) if size <= max(1, instance.queue.maximum)]
     law = runtime.variant.emulated
     if isinstance(runtime, EmulatedRuntime) and law is not None:
-        for size in sizes:
+        for size in BATCH_SIZES:
             instance.times.observe(size, law.service_ms / 1e3 * batch_factor(law.fixed_share, size))
         return
     await host.device.call(runtime.warm_up)
     blank = Prepared(tensor=blank_tensor(runtime.variant))
-    for size in sizes:
+    for size in (size for size in BATCH_SIZES if size <= max(1, instance.queue.maximum)):
         timed = functools.partial(_timed, runtime, [blank] * size, host.clock)
         # The least: other processes start at the same time and only ever add to it. An instance that is thought too
         # slow for its service's requirement is never asked, and so never corrected.

@@ -1,7 +1,7 @@
 """What one more request would add to the work of instances that serve several together, as `deadline` forecasts it.
 
-Only for instances whose worker registered what batches of 1, 3 and 5 take (`InstanceRecord.batch_s`); the others add
-their service time, as always. The arithmetic is `policies.routing.estimation`'s and the size of the largest batch
+Only for instances of which `deadline` may choose how many they serve together (`choosable`); the others add their
+service time, as always. The arithmetic is `policies.routing.estimation`'s and the size of the largest batch
 `policies.routing.rules.largest_batch`'s: the worker calls the same function with the margin in the frame, and the
 simulator both. Synchronous and free of sockets.
 
@@ -17,6 +17,17 @@ BatchTimes = tuple[float, float, float]
 """Seconds that batches of 1, 3 and 5 take."""
 
 
+def choosable(batch: tuple[int, int], batch_s: BatchTimes | None) -> BatchTimes | None:
+    """What `deadline` chooses from under the deployment's limits, None if there is no choice: only from 1 on.
+
+    A size that the deployment forbids saves nothing, and so is never chosen.
+    """
+    if batch_s is None or batch[0] != 1 or batch[1] == 1 or batch_s[0] <= 0.0:
+        return None
+    one_s, three_s, five_s = batch_s
+    return one_s, three_s if batch[1] >= 3 else 3.0 * one_s, five_s if batch[1] >= 5 else 5.0 * one_s
+
+
 class BatchForecast:
     """Lists beside the router's own: `added_s` is what a rule is given in place of `service_s`."""
 
@@ -28,10 +39,11 @@ class BatchForecast:
     def sent(
         self, index: int, now_s: float, budget_s: float, margin: float, length: list[int], clear_s: list[float],
         service_s: list[float],
-    ) -> None:  # fmt: skip
-        """A request goes to the instance."""
+    ) -> int:  # fmt: skip
+        """A request goes to the instance; how many that will then serve together, at most."""
         maximum, full_s = self._largest(index, service_s[index], length[index] + 1, budget_s, margin)
         arrive_batched(now_s, index, maximum, full_s, length, clear_s, self.added_s, self.serving)
+        return maximum
 
     def answered(
         self, index: int, now_s: float, budget_s: float, margin: float, remaining: int, batch: int, elapsed_s: float,

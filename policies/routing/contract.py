@@ -46,7 +46,9 @@ class InstanceKind:
     """What a routing policy knows of one instance before any request arrives.
 
     rank: 0 is the heaviest variant of the service; service_s: expected service time of a batch of one;
-    accuracy: probability of a right answer, in [0, 1]; capacity: places, including the one in service.
+    accuracy: probability of a right answer, in [0, 1]; capacity: places, including the one in service;
+    batch: how many it serves together, (minimum, maximum), while no table sets other limits; batch_s: expected service
+    times of batches of 1, 3 and 5, None where nobody measured them.
     """
 
     variant: str
@@ -54,6 +56,8 @@ class InstanceKind:
     service_s: float
     accuracy: float
     capacity: int = 15
+    batch: tuple[int, int] = (1, 1)
+    batch_s: tuple[float, float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 0:

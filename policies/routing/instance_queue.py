@@ -92,25 +92,25 @@ def start(
 ) -> None:
     """Instance i, idle at now_s, starts its next batch if the batching rule lets it; the expired are dropped first."""
     places = (q.shape[1] - RING) >> 1
-    while q[i, LENGTH] > 0:
-        batch = 1
-        if p.batching:
-            r = int(kind[i, RANK])
-            batch = _batch_size(q[i, LENGTH], limits[0, r], limits[1, r])
-            if batch == 0:
-                return
-        if p.expire:
-            k = q[i, HEAD]
-            if _cannot_finish(now_s, f[i, RING + k] + p.requirement_s, now_s, expected_s(kind, f, i, batch)):
-                count[q[i, RING + k] & 255, EXPIRED] += 1
-                x[REWARD] -= p.alpha
-                q[i, HEAD] = k + 1 if k + 1 < places else 0
-                q[i, LENGTH] -= 1
-                continue
-        q[i, SERVING] = batch
-        f[i, STARTED_S] = now_s
-        f[i, FINISH_S] = now_s + draw_service_s(p, kind, grid_s, random, i, batch, now_s)
+    while p.expire and q[i, LENGTH] > 0:
+        k = q[i, HEAD]
+        if not _cannot_finish(now_s, f[i, RING + k] + p.requirement_s, now_s, f[i, OWN_SERVICE_S]):
+            break
+        count[q[i, RING + k] & 255, EXPIRED] += 1
+        x[REWARD] -= p.alpha
+        q[i, HEAD] = k + 1 if k + 1 < places else 0
+        q[i, LENGTH] -= 1
+    if q[i, LENGTH] == 0:
         return
+    batch = 1
+    if p.batching:
+        r = int(kind[i, RANK])
+        batch = _batch_size(q[i, LENGTH], limits[0, r], limits[1, r])
+        if batch == 0:
+            return
+    q[i, SERVING] = batch
+    f[i, STARTED_S] = now_s
+    f[i, FINISH_S] = now_s + draw_service_s(p, kind, grid_s, random, i, batch, now_s)
 
 
 @jit
@@ -153,6 +153,23 @@ def clear_at_s(kind: Any, q: Any, f: Any, i: int, now_s: float) -> float:
 
 
 @jit
+def drained_at_s(kind: Any, q: Any, f: Any, limits: Any, i: int, now_s: float) -> float:
+    """Like `clear_at_s` for an instance that batches: as `ServiceTimes.drain_s` has it, sizes between in proportion."""
+    waiting = q[i, LENGTH] - q[i, SERVING]
+    if q[i, SERVING] > 0:
+        now_s = max(f[i, STARTED_S] + expected_s(kind, f, i, q[i, SERVING]), now_s)
+    r = int(kind[i, RANK])
+    while waiting > 0:
+        batch = _batch_size(waiting, limits[0, r], limits[1, r])
+        if batch == 0:
+            batch = waiting
+        known = batch - 1 + (batch & 1)
+        now_s += expected_s(kind, f, i, known) * batch / known
+        waiting -= batch
+    return float(now_s)
+
+
+@jit
 def batch_left_s(kind: Any, q: Any, f: Any, i: int, now_s: float) -> float:
     """How much longer the batch in service at instance i is expected to take, 0 when idle."""
     if q[i, SERVING] == 0:
@@ -174,7 +191,7 @@ def admit(
         x[REWARD] -= p.alpha
         return False
     if p.expire:
-        start_s = clear_at_s(kind, q, f, i, now_s)
+        start_s = drained_at_s(kind, q, f, limits, i, now_s) if p.batching else clear_at_s(kind, q, f, i, now_s)
         if _cannot_finish(now_s, arrived_s + p.requirement_s, start_s, f[i, OWN_SERVICE_S]):
             count[tag & 255, EXPIRED] += 1
             x[REWARD] -= p.alpha

@@ -45,6 +45,10 @@ class ServiceTimes:
             return self._mean_s[max(smaller)] * size / max(smaller)
         return self._mean_s[min(self._mean_s)] if self._mean_s else 0.0
 
+    def batch_s(self) -> tuple[float, float, float]:
+        """Expected times of batches of 1, 3 and 5, Tan's sizes."""
+        return self.mean_s(1), self.mean_s(3), self.mean_s(5)
+
     def drain_s(self, waiting: int, minimum: int, maximum: int) -> float:
         """Expected time to serve `waiting` requests by the batching rule; a remainder below the minimum goes as one."""
         if maximum == 1:

@@ -1,5 +1,7 @@
 """Batching for `deadline`: the compiled simulator batches and routes as the plain Python functions do."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
@@ -7,10 +9,10 @@ from gateway.router import ServiceRouter, Target
 from policies.routing import estimation
 from policies.routing.presets import PAPER_KINDS
 from policies.routing.queueing_model import ServiceModel, build, trace_arrivals
-from policies.routing.randomness import STREAMS
 from policies.routing.rules import batch_size, deadline, largest_batch
 from policies.routing.simulator import run_rule
 from protocol.records import InstanceRecord, InstanceState, ServiceSpec
+from tests.fakes.routing_draws import route_draws
 
 FACTOR = {1: 1.0, 3: 2.2, 5: 3.4}
 BUDGET_S = 0.3
@@ -63,7 +65,7 @@ class RealGateway(LiveGateway):
             InstanceRecord(
                 id=f"{i}/{k.variant}", worker=str(i), address="here", service="imagenet", variant=k.variant,
                 capacity=k.capacity, state=InstanceState.READY, epoch="1", service_s=k.service_s,
-                batch_s=(k.service_s, FACTOR[3] * k.service_s, FACTOR[5] * k.service_s),
+                batch=(1, 5), batch_s=(k.service_s, FACTOR[3] * k.service_s, FACTOR[5] * k.service_s),
             )
             for i, k in enumerate(PAPER_KINDS)
         ]  # fmt: skip
@@ -83,7 +85,7 @@ class RealGateway(LiveGateway):
         self.router.answered(self.router.targets[i], now_s, length, 0.0, 0.0, 0, batch, elapsed_s)
 
 
-def live(times: list[float], draws: list[float], gateway: LiveGateway) -> list[tuple[int, float]]:
+def live(times: list[float], draw: Callable[[], float], gateway: LiveGateway) -> list[tuple[int, float]]:
     """(instance, finish) per request of one gateway and its workers, event by event."""
     n = len(PAPER_KINDS)
     line: list[list[tuple[int, float]]] = [[] for _ in range(n)]  # waiting: request and foreseen sojourn
@@ -110,7 +112,7 @@ def live(times: list[float], draws: list[float], gateway: LiveGateway) -> list[t
 
     for j, now_s in enumerate(times):
         advance(now_s)
-        i = gateway.route(now_s, draws[j])
+        i = gateway.route(now_s, draw())
         held = len(line[i]) + len(service[i])
         foreseen_s = gateway.sent(now_s, i)
         most[PAPER_KINDS[i].rank] = gateway.limit(i, held + 1)
@@ -125,20 +127,6 @@ def live(times: list[float], draws: list[float], gateway: LiveGateway) -> list[t
     return result
 
 
-def uniform_draws(seed: int, count: int) -> list[float]:
-    """The simulator's routing stream (SplitMix64 in Python integers)."""
-    mask = (1 << 64) - 1
-    word = int(np.random.SeedSequence(seed).generate_state(STREAMS, np.uint64)[1])
-    found = []
-    for _ in range(count):
-        word = (word + 0x9E3779B97F4A7C15) & mask
-        z = word
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        found.append(float((z ^ (z >> 31)) >> 11) / float(2**53))
-    return found
-
-
 @pytest.mark.parametrize("world", [LiveGateway, RealGateway])
 @pytest.mark.parametrize(("margin", "rate"), [(1.0, 180.0), (0.6, 230.0), (0.3, 330.0)])
 def test_deadline_batches_alike_in_both_worlds(margin: float, rate: float, world: type[LiveGateway]) -> None:
@@ -150,7 +138,7 @@ def test_deadline_batches_alike_in_both_worlds(margin: float, rate: float, world
         batching=True, choose_limits=True, margin=margin, learn_trust=True, log=len(times),
     )  # fmt: skip
     run_rule(system, state, "deadline", times[-1] + 100.0)
-    expected = live(times.tolist(), uniform_draws(21, len(times)), world(margin))
+    expected = live(times.tolist(), route_draws(21), world(margin))
     assert np.array_equal(state.log[:, 0], [i for i, _ in expected])
     assert np.allclose(state.log[:, 1], [t for _, t in expected], rtol=0, atol=1e-9, equal_nan=True)
     shared = len(times) - len(np.unique(state.log[:, 1]))

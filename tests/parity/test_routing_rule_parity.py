@@ -12,27 +12,12 @@ from policies.routing.presets import PAPER_KINDS
 from policies.routing.queueing_model import ServiceModel, build, trace_arrivals
 from policies.routing.rules import RULES
 from policies.routing.simulator import run_rule
-
-MASK = (1 << 64) - 1
-
-
-class Draws:
-    """The simulator's routing stream in Python integers (SplitMix64)."""
-
-    def __init__(self, seed: int) -> None:
-        self.word = int(np.random.SeedSequence(seed).generate_state(3, np.uint64)[1])
-
-    def __call__(self) -> float:
-        self.word = (self.word + 0x9E3779B97F4A7C15) & MASK
-        z = self.word
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
-        return float((z ^ (z >> 31)) >> 11) / float(2**53)
+from tests.fakes.routing_draws import route_draws
 
 
 def live(rule: Any, times: list[float], seed: int) -> list[tuple[int, float]]:
     """(instance, finish) per request, with the estimation of the live gateway and lists throughout."""
-    draw = Draws(seed)
+    draw = route_draws(seed)
     n = len(PAPER_KINDS)
     service_s = [k.service_s for k in PAPER_KINDS]
     rank, capacity = [k.rank for k in PAPER_KINDS], [k.capacity for k in PAPER_KINDS]

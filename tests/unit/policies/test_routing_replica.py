@@ -76,7 +76,16 @@ def test_who_is_not_ready_gets_nothing() -> None:
     assert not seen.ready[0]
     replica.learn(PAPER_KINDS, [False] * 4)
     replica.set_table(Action(np.full(4, 0.25)))
-    assert replica.run(10, 2.0, np.random.default_rng(0)).violation_ratio == 1.0
+    replica.run(0, 2.0, np.random.default_rng(0))
+    counts = replica.run(10, 3.0, np.random.default_rng(0))
+    assert (counts.requests, counts.refused) == (10, 10)
+
+
+def test_sizes_that_nobody_measured_save_nothing() -> None:
+    """As the worker takes them until it has made one: three take three times as long as one."""
+    replica = Replica((InstanceKind("one", 0, 0.1, 1.0, batch=(3, 3)),), 10.0, rule=RULES["uniform"])
+    assert replica.serve([0.0, 0.0, 0.0], 0.29, lambda: 0.0).requests == 0
+    assert replica.serve([], 0.31, lambda: 0.0).requests == 3
 
 
 def test_what_it_shows_is_what_a_worker_would_report() -> None:

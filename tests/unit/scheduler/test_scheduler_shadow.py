@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
+import msgspec
 import numpy as np
 import pytest
 
-from policies.routing.contract import InstanceKind, SlotPolicy, observation_of
+from policies.routing.contract import Action, InstanceKind, Observation, SlotPolicy, observation_of
 from policies.routing.tables import Threshold
 from protocol.board import Board
 from protocol.outcomes import Attempt
@@ -65,6 +67,7 @@ def test_an_understudy_runs_its_own_router_on_the_counted_arrivals() -> None:
     now, rng = seen(counts(), counts()), np.random.default_rng(0)
     light = Understudy(RouterChoice(router="light-only", policy_file="mine"), SPEC, now, make, 1.0)
     light.run(50, 1.0, rng)
+    light.run(0, 1.0, rng)
     assert light.weights == {}
     assert (light.total.requests, light.total.heavy) == (50, 0)
     table = Understudy(RouterChoice(router="threshold", policy_file="mine"), SPEC, now, make, 1.0)
@@ -73,6 +76,42 @@ def test_an_understudy_runs_its_own_router_on_the_counted_arrivals() -> None:
     table.decide(now, rng)
     assert table.weights == pytest.approx({"a": 0.13, "b": 0.87}), "it saw its own jam"
     assert table.total.violation_ratio > 0.5
+
+
+def test_an_understudy_serves_in_the_batches_that_its_router_asks_for() -> None:
+    """One light instance of 10 ms and 130 requests/s: one at a time it is overloaded, in batches of five it is not."""
+
+    class Batching(Threshold):
+        def act(self, observation: Observation, rng: np.random.Generator) -> Action:
+            return Action(np.array([0.0, 1.0]), (1, 1), (1, self.largest))
+
+        largest = 5
+
+    kinds = tuple(replace(kind, batch_s=(kind.service_s, 2.2 * kind.service_s, 3.4 * kind.service_s)) for kind in KINDS)
+    now, choice = (
+        msgspec.structs.replace(seen(counts(), counts()), kinds=kinds),
+        RouterChoice(router="learned-po-batch"),
+    )
+    violations = {}
+    for Batching.largest in (1, 5):
+        one = Understudy(choice, SPEC, now, lambda *_: Batching(kinds), 1.0)
+        for _ in range(10):
+            one.run(130, 1.0, np.random.default_rng(0))
+            one.decide(now, np.random.default_rng(0))
+        violations[Batching.largest] = one.total.violation_ratio
+    assert violations[1] > 0.2
+    assert violations[5] < 0.05
+
+
+def test_what_workers_register_of_batches_reaches_the_shadow() -> None:
+    observer = Observer(cast(Board, None), 0.1)
+    record = InstanceRecord(
+        id="w/heavy", worker="w", address="unix:w", service="s", variant="heavy", capacity=15,
+        state=InstanceState.READY, epoch="1", service_s=0.04, batch=(1, 5), batch_s=(0.04, 0.09, 0.14),
+    )  # fmt: skip
+    observer._known = {"w/heavy": record}
+    kind = observer._kind("w/heavy", "heavy", {"heavy": 0})
+    assert (kind.batch, kind.batch_s) == ((1, 5), (0.04, 0.09, 0.14))
 
 
 def test_news_of_instances_wakes_everybody_and_of_phases_those_who_see_them() -> None:

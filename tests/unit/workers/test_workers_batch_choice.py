@@ -2,6 +2,7 @@
 
 import pytest
 
+from policies.routing.batch_forecast import choosable
 from protocol.outcomes import Attempt
 from protocol.records import BOUNCE, Infer, InstanceSpec
 from workers.instance import Instance, Request, Site
@@ -46,11 +47,20 @@ def test_a_deployment_that_fixes_sizes_is_left_alone(batch: tuple[int, int]) -> 
     one = instance(batch)
     one.admit(request(0.3), 0.0)
     assert (one.queue.minimum, one.queue.maximum) == batch
+    record = one.record(Site("a", "here", "1"))
+    assert record.batch == batch
+    assert choosable(record.batch, record.batch_s) is None
+
+
+def test_a_size_that_the_deployment_forbids_is_registered_and_counts_as_saving_nothing() -> None:
+    record = instance((1, 3)).record(Site("a", "here", "1"))
+    assert record.batch_s == pytest.approx((0.043, 0.0946, 0.1462))
+    assert choosable(record.batch, record.batch_s) == pytest.approx((0.043, 0.0946, 0.215))
+
+
+def test_nothing_is_registered_before_anything_was_measured() -> None:
+    one = Instance("a/v", InstanceSpec(variant="v", batch=(1, 5)), "s")
     assert one.record(Site("a", "here", "1")).batch_s is None
-
-
-def test_what_saves_nothing_is_registered_as_saving_nothing() -> None:
-    assert instance((1, 3)).record(Site("a", "here", "1")).batch_s == pytest.approx((0.043, 0.0946, 0.215))
 
 
 def test_a_newcomer_bounces_where_a_full_batch_would_be_late() -> None:

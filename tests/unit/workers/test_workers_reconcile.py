@@ -127,6 +127,7 @@ value = 1.0
 source = "modelled"
 [emulated]
 service_ms = 1
+fixed_share = 0.4
 """
 
 
@@ -155,6 +156,7 @@ def test_a_failed_load_is_said_and_tried_again(
         await eventually(lambda: instance.state is InstanceState.READY)
         assert (instance.loads, instance.reason) == (1, "")
         assert instance.failed_loads >= 1
+        assert instance.times.batch_s() == pytest.approx((0.001, 0.0022, 0.0034)), "by its law, batches or not"
         await reconciler.end()
 
     asyncio.run(scenario())
