@@ -15,8 +15,13 @@ RUN groupadd --gid 10001 tidegate \
  && chown tidegate:tidegate /models /engines
 
 FROM base AS build
-RUN python -m venv /venv
-COPY pyproject.toml README.md LICENSE ./
+# For models/resize_passes.c; the final images take over what it built, not the compiler.
+# hadolint ignore=DL3008
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/* \
+ && python -m venv /venv
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY protocol protocol
 COPY models models
 COPY policies policies

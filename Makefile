@@ -9,6 +9,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 RUNTIME := $(if $(shell command -v nvidia-smi 2>/dev/null),gpu,cpu)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(EXTRA_PIP)
+INSTALLED_FROM := pyproject.toml setup.py models/resize_passes.c
 SYSTEM_PACKAGES := redis-server docker-compose prometheus chromium
 
 .PHONY: demo edge test check lint train-env system-packages clean
@@ -39,18 +40,18 @@ train-env: .venv/.ready-test
 	@echo "making .venv with $(PYTHON)"
 	@$(PYTHON) -m venv .venv
 
-.venv/.ready-demo: .venv/bin/python pyproject.toml
+.venv/.ready-demo: .venv/bin/python $(INSTALLED_FROM)
 	@echo "installing what the demo needs (about a minute the first time)"
 	@$(PIP) --editable '.[$(RUNTIME),demo]'
 	@touch $@
 
-.venv/.ready-edge: .venv/bin/python pyproject.toml
+.venv/.ready-edge: .venv/bin/python $(INSTALLED_FROM)
 	@echo "installing what the edge services need (a minute or two the first time)"
 	@$(PIP) --editable '.[$(RUNTIME),demo,edge]'
 	@$(PIP) --no-deps trackers==2.6.1 trackeval==1.3.0
 	@touch $@ .venv/.ready-demo
 
-.venv/.ready-test: .venv/bin/python pyproject.toml
+.venv/.ready-test: .venv/bin/python $(INSTALLED_FROM)
 	@echo "installing what the tests need (a few minutes the first time)"
 	@$(PIP) torch==2.13.0
 	@$(PIP) --editable '.[$(RUNTIME),demo,train,edge,place,openvino,test,dev]'

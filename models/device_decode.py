@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from models.catalog import Variant, VariantError, kind_and_index
-from models.resizing import Pixels
+from models.compiled_resizing import Pixels
 
 
 class DeviceDecoder:

@@ -15,8 +15,9 @@ import simplejpeg
 from PIL import Image
 
 from models.catalog import TENSOR_CONTENT_TYPE, Preprocess, Variant
+from models.compiled_resizing import Pixels
 from models.device_decode import DeviceDecoder
-from models.resizing import Pixels, resized
+from models.resizing import resized
 
 MAX_PIXELS = 32_000_000  # larger than most cameras' pictures; about 100 MB as RGB
 

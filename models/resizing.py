@@ -1,25 +1,19 @@
 """From a picture to the model's height and width: stretch, or resize and cut out the centre.
 
-Two ways, chosen by `preprocess.resizer` of an entry:
-
-    "pillow"  the very operations that torchvision and timm do: their pixels bit for bit (the default)
-    "simd"    the same filters in vector instructions (package cykooz-resizer): about a seventh of the time; one value
-              in 300 differs by a level of 255, rarely by two
-
-Both go along one axis and then the other, with whole levels in between.
+The pixels are those of the very operations that torchvision and timm do by Pillow, bit for bit: from a compiled part
+of this project (`compiled_resizing.py`) where the installation could build it, else from Pillow. An entry may choose
+`preprocess.resizer = "simd"` (package cykooz-resizer) instead, where one value in 300 differs by a level of 255, rarely
+by two. All go along one axis and then the other, with whole levels in between.
 """
 
 import math
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from models.catalog import Preprocess
-
-Pixels = npt.NDArray[np.uint8]
-"""[height, width] or [height, width, 3]."""
+from models.compiled_resizing import LONGEST_SIDE, Pixels, axis, passes, run_passes
 
 _FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -39,13 +33,20 @@ class Frame(NamedTuple):
     top: int
 
 
-def resized(pixels: Pixels, how: Preprocess, height: int, width: int) -> Pixels:
-    """`pixels` brought to `height` x `width` as `how` says. Raises `ImportError` if its resizer is not installed."""
+def resized(pixels: Pixels, how: Preprocess, height: int, width: int, *, compiled: bool = True) -> Pixels:
+    """`pixels` brought to `height` x `width` as `how` says. Raises `ImportError` if its resizer is not installed.
+
+    Without `compiled` Pillow itself is taken in any case: for comparisons.
+    """
     if how.crop == "none" and pixels.shape[:2] == (height, width):
         return pixels
     frame = frame_of(pixels.shape[1], pixels.shape[0], how, height, width)
     if how.resizer == "simd" and how.interpolation != "nearest":
         return _with_simd(pixels, how, frame, height, width)
+    if compiled and passes() is not None and _passes_do(pixels.shape[1], pixels.shape[0], how, frame):
+        columns = axis(pixels.shape[1], frame.width, how.interpolation, frame.left, width)
+        rows = axis(pixels.shape[0], frame.height, how.interpolation, frame.top, height)
+        return run_passes(pixels, columns, rows)
     return _with_pillow(pixels, how, frame, height, width)
 
 
@@ -65,6 +66,17 @@ def frame_of(source_width: int, source_height: int, how: Preprocess, height: int
     )
 
 
+def _passes_do(source_width: int, source_height: int, how: Preprocess, frame: Frame) -> bool:
+    """Whether the compiled passes are for this: filters of Pillow's that begin with the rows, of pictures in bounds."""
+    rows_first = not _columns_first(source_width, source_height, frame)
+    return how.interpolation != "nearest" and rows_first and max(source_width, source_height) <= LONGEST_SIDE
+
+
+def _columns_first(source_width: int, source_height: int, frame: Frame) -> bool:
+    """Whether a picture is so tall, and shrinks so much, that Pillow goes along its columns first (from 13 on)."""
+    return source_height - frame.height > max(0, 2 * (source_width - frame.width))
+
+
 def _rows_needed(frame: Frame, source_height: int, height: int) -> tuple[int, int]:
     """The source's rows that the cut depends on, as [first, last)."""
     scale = source_height / frame.height  # source pixels per scaled pixel
@@ -78,7 +90,7 @@ def _with_pillow(pixels: Pixels, how: Preprocess, frame: Frame, height: int, wid
 
     Pillow goes along the rows, then along the columns, so two calls of one pass each may leave out what the cut does
     not need, where that turns no value (a fifth of the time). Whole calls are left for tall pictures that shrink much,
-    as Pillow goes along their columns first from version 13 on. And where the whole would be many times the cut, one
+    along whose columns Pillow goes first. And where the whole would be many times the cut, one
     call with a `box` must do, although it turns some values by a level: one pixel by a million must not become
     gigabytes.
     """
@@ -89,7 +101,7 @@ def _with_pillow(pixels: Pixels, how: Preprocess, frame: Frame, height: int, wid
         x, y = source_width / frame.width, source_height / frame.height  # source pixels per scaled pixel
         box = (frame.left * x, frame.top * y - first, (frame.left + width) * x, (frame.top + height) * y - first)
         return np.asarray(Image.fromarray(pixels[first:last]).resize((width, height), chosen, box=box))
-    if source_height - frame.height > max(0, 2 * (source_width - frame.width)) or how.interpolation == "nearest":
+    if _columns_first(source_width, source_height, frame) or how.interpolation == "nearest":
         whole = Image.fromarray(pixels).resize((frame.width, frame.height), chosen)
         return np.asarray(whole)[frame.top : frame.top + height, frame.left : frame.left + width]
     first, last = _rows_needed(frame, source_height, height)

@@ -139,6 +139,16 @@ def judge_providers(wheel: str, providers: Sequence[str], devices: Sequence[str]
     return Finding("onnxruntime", OK, what)
 
 
+def check_resizing(compiled: bool | None = None) -> Finding:
+    """Whether pictures are resized by the compiled part or, with the same pixels, by Pillow."""
+    from models.compiled_resizing import passes
+
+    if passes() is not None if compiled is None else compiled:
+        return Finding("resizing", OK, "compiled: Pillow's pixels in vector instructions")
+    remedy = "install a C compiler (apt-get install gcc libc6-dev) and reinstall: pip install --editable '.[cpu]'"
+    return Finding("resizing", WARNING, "by Pillow: the same pixels, several times slower", remedy)
+
+
 def check_port(host: str, port: int) -> Finding:
     """Whether a gateway could listen; if not, who holds the port."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:

@@ -22,6 +22,7 @@ from tidegate.doctor_checks import (
     check_packages,
     check_port,
     check_python,
+    check_resizing,
     check_runtime,
     check_sockets,
     usable_cpus,
@@ -42,7 +43,7 @@ def doctor(
     load: Annotated[bool, typer.Option(help="Load each of the deployment's models and run it once.")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False,
 ) -> None:
-    """Check Python, CPU, packages, providers, ports, Redis and models; exit status 1 if something will not work.
+    """Check Python, CPU, packages, resizing, ports, Redis and models; exit status 1 if something will not work.
 
     Example: tidegate doctor -f deploy/digits.toml
     """
@@ -77,7 +78,7 @@ def examine(file: Path | None, board: str, port: int | None, catalog: list[Path]
     host = deployment.gateway.host if deployment else "127.0.0.1"
     chosen = port or (deployment.gateway.port if deployment else 8700)
     findings += [check_cpu(usable_cpus(), deployment), check_files(), check_sockets(), *check_runtime(devices)]
-    findings += [check_port(host, chosen), asyncio.run(check_board(board))]
+    findings += [check_resizing(), check_port(host, chosen), asyncio.run(check_board(board))]
     found, loadable = check_models(deployment, catalog)
     findings += found
     for variant, device in loadable:

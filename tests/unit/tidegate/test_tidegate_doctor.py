@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from models.catalog import load_catalog
+from models.compiled_resizing import passes
 from protocol.deployment import read_deployment
 from tidegate.doctor_checks import (
     OK,
@@ -27,6 +28,7 @@ from tidegate.doctor_checks import (
     check_packages,
     check_port,
     check_python,
+    check_resizing,
     check_sockets,
     holder,
     judge_providers,
@@ -80,6 +82,13 @@ def test_providers_against_devices(providers: list[str], devices: list[str], gpu
     found = judge_providers("onnxruntime 1", providers, devices, gpu)
     assert found.state == state
     assert (found.remedy != "") == (state != OK)
+
+
+def test_how_pictures_are_resized() -> None:
+    assert check_resizing(compiled=True).state == OK
+    slower = check_resizing(compiled=False)
+    assert (slower.state, "C compiler" in slower.remedy) == (WARNING, True)
+    assert check_resizing() == check_resizing(compiled=passes() is not None)
 
 
 def test_a_taken_port(free_port: int) -> None:
@@ -163,7 +172,8 @@ def test_the_command_reports_and_fails_where_something_will_not_work(tmp_path: P
     code, text = run("-f", str(DEPLOY / "paper-t4.toml"), "--port", str(free_port), "--json")
     report = json.loads(text)
     assert (code, report["healthy"]) == (0, True)
-    assert {one["check"] for one in report["findings"]} >= {"python", "cpu", "port", "redis", "model pnasnet5large_t4"}
+    wanted = {"python", "cpu", "resizing", "port", "redis", "model pnasnet5large_t4"}
+    assert {one["check"] for one in report["findings"]} >= wanted
     broken = tmp_path / "x.toml"
     broken.write_text("name = 3")
     code, text = run("-f", str(broken), "--port", str(free_port))
