@@ -104,6 +104,7 @@ class RunningGateway:
             (worker.name, instance.variant, instance.capacity)
             for worker in deployment.workers
             for instance in worker.instances
+            if instance.loaded
         )
 
         async def arrived() -> bool:

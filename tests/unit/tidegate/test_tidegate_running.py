@@ -2,11 +2,13 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self, cast
 
+import aiohttp
 import pytest
 
 from loadgen.payloads import Payload
+from protocol.records import Deployment, InstanceSpec, ServiceSpec, WorkerSpec
 from tidegate import running
 from tidegate.running import GatewayError, PhaseHint, RouterUnusable, RunningGateway, in_words, whole_url
 
@@ -115,3 +117,99 @@ def test_a_service_that_is_nearly_right_is_guessed() -> None:
         look("digit")()
     with pytest.raises(GatewayError, match=r"it has digits$"):
         look("xyz")()
+
+
+class Looking(RunningGateway):
+    """A gateway that answers each look at /state with the next of these services, the last one for ever."""
+
+    def __init__(self, *services: dict[str, Any]) -> None:
+        super().__init__("http://gateway")
+        self.looks = 0
+        self._services = services
+
+    async def _call(self, method: str, path: str, body: bytes | None = None) -> Any:
+        if path != "/state":
+            return {}
+        self.looks += 1
+        return {"services": self._services[min(self.looks, len(self._services)) - 1]}
+
+
+def digits(*ready: tuple[str, int], router: str = "deadline", length: int = 0) -> dict[str, Any]:
+    """The service `digits` with an instance for each id and capacity, and one that is not ready."""
+    views = [
+        {"id": id, "variant": id.split("/")[1], "capacity": capacity, "ready": True, "length": length}
+        for id, capacity in ready
+    ]
+    loading = {"id": "z/big", "variant": "big", "capacity": 1, "ready": False, "length": 0}
+    return {"digits": {"router": router, "reason": "", "instances": [*views, loading]}}
+
+
+def test_a_deployment_is_there_once_exactly_its_loaded_instances_are_ready_behind_its_routers() -> None:
+    worker = WorkerSpec(
+        name="w",
+        instances=(
+            InstanceSpec(variant="big", capacity=2),
+            InstanceSpec(variant="small", capacity=3),
+            InstanceSpec(variant="unloaded", loaded=False),
+        ),
+    )
+    service = ServiceSpec(variants=("big", "small", "unloaded"), requirement_ms=100.0, router="uniform")
+    wanted = Deployment(name="d", services={"digits": service}, workers=(worker,))
+    both = ("w/big", 2), ("w/small", 3)
+    gateway = Looking(
+        digits(("w/big", 2), router="uniform"),
+        digits(*both, ("old/small", 3), router="uniform"),
+        digits(("w/big", 2), ("w/small", 15), router="uniform"),
+        digits(*both, router="deadline"),
+        digits(*both, router="uniform"),
+    )
+    asyncio.run(gateway.deploy(wanted))
+    assert gateway.looks == 5
+    with pytest.raises(GatewayError, match="deployment d did not become ready within 30 s"):
+        asyncio.run(Looking(digits(("w/big", 2), router="uniform")).deploy(wanted))
+
+
+def test_a_service_is_idle_once_no_instance_holds_a_request() -> None:
+    gateway = Looking(digits(("w/big", 2), length=1), digits(("w/big", 2), length=0))
+    asyncio.run(gateway.until_idle("digits"))
+    assert gateway.looks == 2
+
+
+class Answer:
+    """What aiohttp's session gives for one request."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        self.status = status
+        self._body = body
+
+    def request(self, method: str, url: str, data: bytes | None) -> Self:
+        """As `ClientSession.request`."""
+        return self
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def read(self) -> bytes:
+        """The body."""
+        return self._body
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "error", "says"),
+    [
+        (409, b'{"error": "no policy fits"}', RouterUnusable, "^no policy fits$"),
+        (400, b'{"error": "no such router"}', RouterUnusable, "^no such router$"),
+        (503, b'{"error": "the board is away"}', GatewayError, "router: the board is away"),
+        (502, b"<html>", GatewayError, "HTTP 502: is this a Tidegate gateway"),
+    ],
+)
+def test_only_a_refused_router_is_unusable(status: int, body: bytes, error: type[Exception], says: str) -> None:
+    """A comparison goes on without a router that is unusable; a gateway in trouble ends it."""
+    gateway = RunningGateway("http://gateway")
+    gateway._session = cast(aiohttp.ClientSession, Answer(status, body))
+    with pytest.raises(GatewayError, match=says) as caught:
+        asyncio.run(gateway.ask_for_router("digits", "learned-po"))
+    assert type(caught.value) is error
