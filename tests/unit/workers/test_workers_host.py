@@ -9,9 +9,11 @@ import msgspec
 import numpy as np
 import pytest
 
+from models.preprocess import Prepared
 from models.runtime import EmulatedRuntime
 from protocol.outcomes import Attempt
 from protocol.records import BOUNCE, EXPIRE, TENSORS, InstanceState
+from workers.instance import Instance
 
 Bench = Any  # of this folder's conftest.py, which importlib mode does not let tests import
 
@@ -114,6 +116,33 @@ def test_late_is_told_from_ok(bench: Bench) -> None:
     assert bench.replies[1][3], "a late answer is still an answer"
 
 
+def test_what_is_late_by_a_timer_is_late(make_bench: Callable[..., Bench]) -> None:
+    """The ideal clock says 1 s, the answer leaves at 1.5 s: that is what a client with 1.2 s sees."""
+    bench = make_bench(lambda: 0.5)
+    bench.add("a", 1.0)
+    request = bench.send("a", budget_s=1.2)
+    bench.clock.advance_to(5.0)
+    assert bench.reply_to(request).attempt == Attempt.LATE
+
+
+def test_a_batch_teaches_the_time_of_its_size(bench: Bench) -> None:
+    """Three together take 3 s: one alone is still expected to take 1 s."""
+    instance = bench.add("a", 1.0, batch=(3, 3))
+    for _ in range(3):
+        bench.send("a")
+    bench.clock.advance_to(5.0)
+    assert bench.replies[0][2].batch == 3
+    assert (instance.times.mean_s(1), instance.times.mean_s(3)) == (1.0, 3.0)
+
+
+def test_nothing_is_left_of_a_service_that_ended_before_its_foretold_end(bench: Bench) -> None:
+    instance = bench.add("a", 1.0)
+    bench.send("a")
+    bench.clock.advance_to(1.0)
+    instance.ends_s = 9.0  # as foretold of a real model, which ended early
+    assert bench.host.backlog_s(1.0) == 0.0
+
+
 def test_bounce_and_expiry_on_arrival(bench: Bench) -> None:
     """Behind a 1 s service, 1.5 s of budget is too little: told at once, by the flag that was set."""
     bench.add("a", 1.0)
@@ -200,6 +229,22 @@ def test_cancel_frees_the_place_at_once_unless_in_service(bench: Bench) -> None:
     assert bench.reply_to(replacement).attempt == Attempt.OK
 
 
+def test_who_was_held_back_by_one_that_leaves_starts_at_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """First come, first served: the second is decoded first and waits for the first, whose client then goes."""
+    decoded: list[Callable[[Prepared], None]] = []
+    monkeypatch.setattr(Instance, "emulated", False)
+    monkeypatch.setattr(bench.host._preparer, "submit", lambda request, runtime, done: decoded.append(done))
+    bench.add("a", 1.0)
+    first, second = bench.send("a"), bench.send("a")
+    decoded[1](Prepared(label=1))
+    bench.clock.advance_to(3.0)
+    assert not bench.replies
+    bench.host.cancel(first)
+    bench.clock.advance_to(4.0)
+    assert bench.reply_to(first).attempt == Attempt.CANCELLED
+    assert bench.reply_to(second).attempt == Attempt.OK
+
+
 def test_a_model_that_raises_fails_its_batch_only(bench: Bench, raising_runtime: EmulatedRuntime) -> None:
     """FAILED with the reason; the next request is served."""
     bench.add("a", 1.0, runtime=raising_runtime)
@@ -254,6 +299,19 @@ def test_draining_starts_what_waited_for_company_and_says_when_empty(bench: Benc
     bench.clock.advance_to(20.0)
     assert instance.emptied.is_set()
     assert instance.queue.arrived == sum(instance.queue.counts) == 6
+
+
+def test_draining_is_over_when_the_last_one_leaves_unserved(bench: Bench) -> None:
+    """The other instance has the device; the one that waits here is cancelled."""
+    bench.add("busy", 1.0)
+    instance = bench.add("a", 1.0)
+    bench.send("busy")
+    waiting = bench.send("a")
+    instance.state = InstanceState.DRAINING
+    bench.host.drain(instance)
+    assert not instance.emptied.is_set()
+    bench.host.cancel(waiting)
+    assert instance.emptied.is_set()
 
 
 def test_conservation_random(make_bench: Callable[..., Bench]) -> None:
