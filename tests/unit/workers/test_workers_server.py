@@ -16,9 +16,10 @@ Bench = Any  # of this folder's conftest.py
 class Wire:
     """Stands in for a transport: keeps what was written."""
 
-    def __init__(self) -> None:
+    def __init__(self, unsent_bytes: int = 0) -> None:
         self.written = b""
         self.closing = False
+        self._unsent_bytes = unsent_bytes
 
     def write(self, data: bytes) -> None:
         """Keep."""
@@ -28,8 +29,8 @@ class Wire:
         """Nothing."""
 
     def get_write_buffer_size(self) -> int:
-        """Nothing waits."""
-        return 0
+        """What the caller has not taken."""
+        return self._unsent_bytes
 
     def is_closing(self) -> bool:
         """As told."""
@@ -93,3 +94,31 @@ def test_a_frame_that_makes_no_sense_closes_the_connection(bench: Bench, bad: Fr
     caller._on_frame(caller.connection, bad)
     assert wire.closing
     assert reason.encode() in wire.written
+
+
+def test_who_has_been_answered_is_forgotten(bench: Bench) -> None:
+    """An id may come again once its request has ended; a connection that has ended is none of the callers'."""
+    bench.add("a", 1.0)
+    callers: set[Caller] = set()
+    caller, wire = Caller("w", bench.host, callers, "", bench.node), Wire()
+    caller.connection.connection_made(wire)  # type: ignore[arg-type]
+    for second in (1.0, 2.0):
+        caller._on_frame(caller.connection, frame(Kind.INFER, 1, Infer("a", 60.0), b"x"))
+        bench.clock.advance_to(second)
+    assert [(sent.kind, sent.request_id) for sent in FrameReader().feed(wire.written)] == [(Kind.REPLY, 1)] * 2
+    assert not wire.closing
+    assert callers == {caller}
+    caller.connection.connection_lost(None)
+    assert callers == set()
+
+
+@pytest.mark.parametrize(("unsent_mb", "closes"), [(16, False), (17, True)])
+def test_a_caller_that_reads_no_replies_is_cut_off(bench: Bench, unsent_mb: int, closes: bool) -> None:
+    """Else its replies would pile up in the worker's memory."""
+    bench.add("a", 1.0)
+    caller, wire = Caller("w", bench.host, set(), "", bench.node), Wire(unsent_mb << 20)
+    caller.connection.connection_made(wire)  # type: ignore[arg-type]
+    caller._on_frame(caller.connection, frame(Kind.INFER, 1, Infer("a", 60.0), b"x"))
+    bench.clock.advance_to(1.0)
+    assert wire.closing is closes
+    assert (b"replies are not read" in wire.written) is closes
