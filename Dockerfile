@@ -34,11 +34,11 @@ COPY deploy deploy
 
 FROM build AS build-cpu
 # For edge nodes: clips, trackers and their one cv2, without displays. trackers asks for another cv2, so it comes alone.
-RUN pip install --editable ".[cpu,simd,edge]" \
+RUN pip install --editable ".[cpu,edge]" \
  && pip install --no-deps trackers==2.6.1
 
 FROM build AS build-gpu
-RUN pip install --editable ".[gpu,simd]" "onnxruntime-gpu[cuda,cudnn]==1.31.1" "nvidia-nvimgcodec-cu13[nvjpeg]==0.9.0.20"
+RUN pip install --editable ".[gpu]" "onnxruntime-gpu[cuda,cudnn]==1.31.1" "nvidia-nvimgcodec-cu13[nvjpeg]==0.9.0.20"
 # For device = "tensorrt", gigabytes: --build-arg TENSORRT_VERSION=10.16.1.11 (onnxruntime 1.31 is linked to 10).
 ARG TENSORRT_VERSION=""
 RUN test -z "$TENSORRT_VERSION" || pip install "tensorrt-cu13==$TENSORRT_VERSION"

@@ -93,7 +93,6 @@ def measure(catalog: Path, name: str, rounds: int) -> dict[str, object]:
     runtime = open_runtime(variant, threads=1)
     jpeg = photograph()
     tensor = np.random.default_rng(0).standard_normal(variant.input.shape).astype(np.float32)
-    simd = msgspec.structs.replace(variant, preprocess=msgspec.structs.replace(variant.preprocess, resizer="simd"))
     answers: list[dict[str, float]] = []
     with serving(DEPLOYMENT.format(catalog=catalog.resolve(), variant=name)) as port:
         connection = http.client.HTTPConnection("127.0.0.1", port)
@@ -111,10 +110,8 @@ def measure(catalog: Path, name: str, rounds: int) -> dict[str, object]:
             "instant_tensor": lambda: ask("null", raw, TENSOR_CONTENT_TYPE),
             "jpeg": lambda: ask("imagenet", jpeg, "image/jpeg"),
             "instant_jpeg": lambda: ask("null", jpeg, "image/jpeg"),
-            "prepare_pillow": lambda: prepare(jpeg, "image/jpeg", variant),
+            "prepare": lambda: prepare(jpeg, "image/jpeg", variant),
         }
-        if importlib.util.find_spec("cykooz_resizer") is not None:
-            steps["prepare_simd"] = lambda: prepare(jpeg, "image/jpeg", simd)
         if importlib.util.find_spec("openvino") is not None:
             other = open_runtime(msgspec.structs.replace(variant, runtime="openvino"), threads=1)
             steps["bare_openvino"] = lambda: other.execute([Prepared(tensor=tensor)])

@@ -54,7 +54,7 @@ class Preprocess(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     std: tuple[float, ...] = (1.0,)
     colour: Literal["rgb", "bgr", "gray"] = "rgb"
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
-    resizer: Literal["pillow", "simd"] = "pillow"  # see `resizing.py`
+    resizer: Literal["pillow", "simd"] = "pillow"  # Pillow's pixels; "simd" is gone, and refused
     decoder: Literal["cpu", "device"] = "cpu"  # of JPEGs; see `device_decode.py`
 
 
@@ -223,6 +223,8 @@ def _check(variant: Variant, where: str) -> None:
         require(pre.resize >= max(variant.input.shape[1:]), "preprocess.resize", pre.resize, remedy)
     else:
         require(pre.resize == 0, "preprocess.resize", pre.resize, 'leave it out, or set crop = "centre"')
+    remedy = '"simd" is gone: leave it out, Pillow\'s own pixels take hardly longer now (`tidegate doctor`: resizing)'
+    require(pre.resizer != "simd", "preprocess.resizer", pre.resizer, remedy)
     known = variant.accuracy.value is not None
     remedy = 'source "none" has no value; every other source needs one'
     require(known != (variant.accuracy.source == "none"), "accuracy.source", variant.accuracy.source, remedy)

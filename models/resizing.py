@@ -1,9 +1,7 @@
 """From a picture to the model's height and width: stretch, or resize and cut out the centre.
 
 The pixels are those of the very operations that torchvision and timm do by Pillow, bit for bit: from a compiled part
-of this project (`compiled_resizing.py`) where the installation could build it, else from Pillow. An entry may choose
-`preprocess.resizer = "simd"` (package cykooz-resizer) instead, where one value in 300 differs by a level of 255, rarely
-by two. All go along one axis and then the other, with whole levels in between.
+of this project (`compiled_resizing.py`) where the installation could build it, else from Pillow.
 """
 
 import math
@@ -34,15 +32,13 @@ class Frame(NamedTuple):
 
 
 def resized(pixels: Pixels, how: Preprocess, height: int, width: int, *, compiled: bool = True) -> Pixels:
-    """`pixels` brought to `height` x `width` as `how` says. Raises `ImportError` if its resizer is not installed.
+    """`pixels` brought to `height` x `width` as `how` says.
 
     Without `compiled` Pillow itself is taken in any case: for comparisons.
     """
     if how.crop == "none" and pixels.shape[:2] == (height, width):
         return pixels
     frame = frame_of(pixels.shape[1], pixels.shape[0], how, height, width)
-    if how.resizer == "simd" and how.interpolation != "nearest":
-        return _with_simd(pixels, how, frame, height, width)
     if compiled and passes() is not None and _passes_do(pixels.shape[1], pixels.shape[0], how, frame):
         columns = axis(pixels.shape[1], frame.width, how.interpolation, frame.left, width)
         rows = axis(pixels.shape[0], frame.height, how.interpolation, frame.top, height)
@@ -130,24 +126,3 @@ def _exact_in_part(source: int, scaled: int) -> bool:
     """
     parts = scaled // math.gcd(source, scaled)
     return parts & (parts - 1) == 0 and source * parts < 1 << 24
-
-
-def _with_simd(pixels: Pixels, how: Preprocess, frame: Frame, height: int, width: int) -> Pixels:
-    import cykooz_resizer as simd
-
-    source_height, source_width = pixels.shape[:2]
-    first, last = _rows_needed(frame, source_height, height)
-    kind = simd.PixelType.U8 if pixels.ndim == 2 else simd.PixelType.U8x3
-    law = {"bilinear": simd.FilterType.bilinear, "bicubic": simd.FilterType.catmull_rom}[how.interpolation]
-    algorithm, resizer = simd.ResizeAlg.convolution(law), simd.Resizer()
-    x, y = source_width / frame.width, source_height / frame.height
-
-    def step(source: "simd.ImageData", to: tuple[int, int], box: "simd.CropBox") -> "simd.ImageData":
-        target = simd.ImageData(*to, kind)
-        resizer.resize(source, target, simd.ResizeOptions(resize_alg=algorithm, use_alpha=False, crop_box=box))
-        return target
-
-    image = simd.ImageData(source_width, last - first, kind, pixels[first:last].tobytes())
-    columns = step(image, (width, last - first), simd.CropBox(frame.left * x, 0, width * x, last - first))
-    rows = step(columns, (width, height), simd.CropBox(0, frame.top * y - first, width, height * y))
-    return np.frombuffer(rows.get_buffer(), dtype=np.uint8).reshape(height, width, *pixels.shape[2:])

@@ -6,7 +6,6 @@
 `torch_runtime.py`, `openvino_runtime.py`), and only when a variant asks for it.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, cast
@@ -71,7 +70,6 @@ def open_runtime(
     """
     if variant.runtime == "emulated":
         return EmulatedRuntime(variant, seed=seed)
-    check_resizer(variant)
     if variant.runtime == "torch":
         from models.torch_runtime import TorchRuntime
 
@@ -188,13 +186,6 @@ def check_file(variant: Variant) -> None:
     if not Path(variant.path).is_file():
         remedy = "no such file; `tidegate models export` makes the built-in ImageNet models"
         raise VariantError(variant.name, "path", variant.path, remedy)
-
-
-def check_resizer(variant: Variant) -> None:
-    """Raises `VariantError` unless the package that its `preprocess.resizer` needs is there."""
-    if variant.preprocess.resizer == "simd" and importlib.util.find_spec("cykooz_resizer") is None:
-        remedy = 'pip install "tidegate[simd]", or leave it out for Pillow'
-        raise VariantError(variant.name, "preprocess.resizer", "simd", remedy)
 
 
 def to_answers(outputs: npt.NDArray[np.floating], variant: Variant) -> list[Answer]:

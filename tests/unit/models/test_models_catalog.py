@@ -85,6 +85,7 @@ def test_labels_may_be_a_count_or_a_file(tmp_path: Path) -> None:
         (SOUND, "[3, 32, 48]", "[1, 32, 48]", "input.shape", "3 channel"),
         (SOUND, "resize = 64", "resize = 40", "preprocess.resize", "(48)"),
         (SOUND, 'crop = "centre"', "", "preprocess.resize", 'set crop = "centre"'),
+        (SOUND, 'crop = "centre"', 'crop = "centre"\nresizer = "simd"', "preprocess.resizer", "leave it out"),
         (SOUND, "std = [0.5]", "std = [0.5, 0.1]", "preprocess.std", "give 1 number or 3"),
         (SOUND, "std = [0.5]", "std = [0.0]", "preprocess.std", "above 0"),
         (SOUND, "mean = [0.5, 0.5, 0.5]", "mean = [nan]", "preprocess.mean", "finite"),
