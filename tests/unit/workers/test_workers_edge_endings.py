@@ -216,6 +216,28 @@ def test_draining_finishes_what_is_here_and_cuts_off_what_is_too_slow(tmp_path: 
     run_world(scenario())
 
 
+def test_who_ends_without_an_answer_gives_back_its_time_in_line(tmp_path: Path) -> None:
+    """Whoever comes next is not told of work that nobody does."""
+
+    async def scenario() -> None:
+        world = World(bright_deployment(tmp_path, tflops=0.02, emulate=COMPUTE_ONLY))
+        node = world.nodes["a"]
+        failed = await world.infer("a", "a", picture(), variant="raising")
+        assert failed.reply.attempt == Attempt.FAILED
+        assert node.status().waiting_tflop == 0.0
+        await world.infer("a", "a", picture())
+        left = asyncio.create_task(world.infer("a", "a", picture()))
+        await asyncio.sleep(0.25)
+        assert node.status().waiting_tflop > 0.0
+        left.cancel()
+        await asyncio.wait([left])
+        assert node.status().waiting_tflop == pytest.approx(0.0)
+        assert node.backlog_s(world.clock.now_s()) == 0.0
+        world.check_the_books()
+
+    run_world(scenario())
+
+
 def test_nodes_that_disagree_do_not_send_a_request_round_and_round(tmp_path: Path) -> None:
     """To c by way of b, says a; by way of a, says b, which follows another deployment."""
 

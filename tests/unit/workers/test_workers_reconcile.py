@@ -109,6 +109,7 @@ def test_instances_live_as_the_deployment_says(bench: Bench, eventually: Any, tm
         await settled({"w/null"})
         await reconciler.end()
         assert not host.instances
+        assert states[-1] == {}, "that it is gone is told, too"
         reconciler.follow(deployment(NULL, LIGHT, version=7))
         assert not host.instances, "ended is ended"
 

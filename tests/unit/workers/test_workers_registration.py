@@ -7,6 +7,7 @@ import msgspec
 import pytest
 
 from protocol.board import Board
+from protocol.edge_records import NodeRecord
 from protocol.records import InstanceRecord, InstanceState
 from workers.registration import Registration
 
@@ -32,6 +33,14 @@ class FlakyBoard(Board):
     async def remove_instances(self, ids: list[str]) -> None:
         """Never fails here."""
         self.removed += ids
+
+    async def post_node(self, record: NodeRecord, *, changed: bool) -> None:
+        """Never fails here."""
+        self.posted.append(([f"node {record.node}"], changed))
+
+    async def remove_node(self, node: str) -> None:
+        """Never fails here."""
+        self.removed.append(f"node {node}")
 
 
 def test_registration_outlives_the_board(eventually: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,5 +74,25 @@ def test_registration_outlives_the_board(eventually: Any, monkeypatch: pytest.Mo
             await running
         await registration.withdraw()
         assert board.removed == ["w/b", "w/a"]
+
+    asyncio.run(scenario())
+
+
+def test_a_node_is_taken_back_when_it_gets_another_name_and_at_the_end(eventually: Any) -> None:
+    async def scenario() -> None:
+        board = FlakyBoard(away=0)
+        record = NodeRecord(node="north", worker="w", address="unix:/x", epoch="")
+        registration = Registration(board, list, lambda: record)
+        running = asyncio.create_task(registration.run())
+        await eventually(lambda: board.posted == [(["node north"], True)])
+        record = msgspec.structs.replace(record, node="south")
+        registration.changed()
+        await eventually(lambda: len(board.posted) == 2)
+        assert board.posted[1] == (["node south"], True)
+        assert board.removed == ["node north"]
+        running.cancel()
+        await asyncio.wait([running])
+        await registration.withdraw()
+        assert board.removed == ["node north", "node south"]
 
     asyncio.run(scenario())
