@@ -135,6 +135,7 @@ class MemoryPeer:
         self._tasks: dict[int, asyncio.Task[None]] = {}
         self._futures: dict[int, asyncio.Future[WireFrame]] = {}
         self._asked = 0
+        self.cancelled: list[int] = []
         self.mute = False
         self.up = True
 
@@ -154,6 +155,7 @@ class MemoryPeer:
 
     def cancel(self, number: int) -> None:
         """As `Peer.cancel`."""
+        self.cancelled.append(number)
         self._futures.pop(number)
         if task := self._tasks.get(number):
             asyncio.get_running_loop().call_soon(task.cancel)
