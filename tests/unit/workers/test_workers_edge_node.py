@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -251,5 +252,28 @@ def test_a_change_of_preloads_leaves_the_queue_alone(tmp_path: Path) -> None:
         assert (await waiting).reply.attempt == Attempt.OK
         follower.follow(None)
         assert node.name == "a"
+
+    run_world(scenario())
+
+
+def test_a_table_that_was_mended_is_read_at_the_next_news(tmp_path: Path) -> None:
+    """The deployment is the same as before: only a fault makes it worth another look."""
+
+    async def scenario() -> None:
+        deployment = bright_deployment(tmp_path, nodes="a", emulate=COMPUTE_ONLY)
+        world = World(deployment)
+        assert deployment.edge is not None
+        table, elsewhere = Path(deployment.edge.services["detection"].table), tmp_path / "elsewhere.toml"
+        moved = msgspec.structs.replace(deployment.edge.services["detection"], table=str(elsewhere))
+        services = {**deployment.edge.services, "detection": moved}
+        edge = msgspec.structs.replace(deployment.edge, services=services)
+        follower = NodeFollower("w-a", world.nodes["a"])
+        follower.follow(msgspec.structs.replace(deployment, edge=edge))
+        refused = await world.infer("a", "a", picture())
+        assert refused.reply.attempt == Attempt.UNAVAILABLE
+        assert "elsewhere.toml" in refused.reply.reason
+        shutil.copy(table, elsewhere)
+        follower.follow(msgspec.structs.replace(deployment, edge=edge))
+        assert (await world.infer("a", "a", picture())).reply.attempt == Attempt.OK
 
     run_world(scenario())
