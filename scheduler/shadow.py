@@ -1,12 +1,15 @@
 """A router that decides without acting: what it would have done with the live arrivals, beside the one that acts.
 
-Both run in a `Replica` of the service's queues, fed every slot with the number of arrivals that the workers counted.
-A loop of its own, with its own look at the workers: whatever goes wrong here costs no table.
+Both run in a `Replica` of the service's queues, fed with the number of arrivals that the workers counted, ten times a
+second: a burst begins anywhere in a slot, and what it meets until the slot's end is most of what a table costs. A loop
+of its own, with its own look at the workers: whatever goes wrong here costs no table.
 """
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Sequence
+from typing import Final
 
 import msgspec
 import numpy as np
@@ -26,6 +29,9 @@ log = logging.getLogger("scheduler.shadow")
 
 MakePolicy = Callable[[str, Sequence[InstanceKind], ServiceSpec, float], SlotPolicy | None]
 
+LOOK_S: Final = 0.1
+"""The workers are asked what arrived so often, at least."""
+
 
 class Understudy:
     """One router with a replica of its own; raises `ValueError` if it cannot decide for these instances."""
@@ -39,6 +45,7 @@ class Understudy:
         self.total = Counts()
         self.weights: dict[str, float] = {}
         self._instances = seen.instances
+        self._slot, self._phase = 0, -1
         self._replica = Replica(
             seen.kinds,
             spec.requirement_ms / 1e3,
@@ -48,8 +55,20 @@ class Understudy:
         )
         self.decide(seen, np.random.default_rng(0))
 
+    @property
+    def slots(self) -> int:
+        """Slots of this router that have passed."""
+        return int(self._replica.now_s / self.slot_s + 1e-6)
+
+    def turn(self, seen: Seen, rng: np.random.Generator) -> None:
+        """Decides if a slot has ended or, for a policy that sees it, the phase has changed."""
+        sees = self.policy is not None and self.policy.needs_phase
+        if self.slots > self._slot or (sees and seen.observation.phase != self._phase):
+            self.decide(seen, rng)
+
     def decide(self, seen: Seen, rng: np.random.Generator) -> None:
         """Sets the table of the coming slot from the replica's own queues."""
+        self._slot, self._phase = self.slots, seen.observation.phase
         self._replica.learn(seen.kinds, seen.observation.ready.tolist())
         if self.policy is not None:
             action = self.policy.act(self._replica.observe(seen.observation.phase), rng)
@@ -57,32 +76,34 @@ class Understudy:
             self.weights = dict(zip(self._instances, weights.tolist(), strict=True))
 
     def run(self, arrivals: int, seconds: float, rng: np.random.Generator) -> None:
-        """The slot that has just passed, under the table that stood."""
+        """The time that has just passed, under the table that stood."""
         self.total = self.total + self._replica.run(arrivals, self._replica.now_s + seconds, rng)
 
 
 class Observed:
-    """What the workers counted, from one look to the next. State: their last counters."""
+    """What the workers counted, from one look to the next. State: their last counters and how much they held."""
 
     def __init__(self, seen: Seen) -> None:
         self.total = Counts()
         self._last = seen.counts
-        self._held = int(seen.observation.length.sum())
+        self._held = _held(seen)
 
     def take(self, seen: Seen) -> int:
         """Adds what ended since the last look; gives back how many requests arrived since then.
 
-        One that a worker bounced counts where it went next.
+        One that a worker bounced counts where it went next. Of a worker that did not answer nothing is known until it
+        does.
         """
         accuracy = {one: kind.accuracy for one, kind in zip(seen.instances, seen.kinds, strict=True)}
         heavy = {one for one, kind in zip(seen.instances, seen.kinds, strict=True) if kind.rank == 0}
         ended = Counts()
-        held = int(seen.observation.length.sum())
-        arrived = held - self._held
+        held = _held(seen)
+        arrived = 0
         for one, counts in seen.counts.items():
-            before = self._last.get(one, ())
+            before, held_before = self._last.get(one, ()), self._held.get(one, 0)
             if len(before) != len(counts) or sum(counts) < sum(before):  # a worker that restarted counts from 0
-                before = (0,) * len(counts)
+                before, held_before = (0,) * len(counts), 0
+            arrived += held[one] - held_before
             new = {code: counts[code] - before[code] for code in range(len(counts))}
             arrived += sum(new.values()) - new.get(Attempt.BOUNCED, 0)
             violations = sum(new[code] for code in VIOLATIONS)
@@ -95,7 +116,7 @@ class Observed:
                 heavy=requests if one in heavy else 0,
                 goodput=new[Attempt.OK] * accuracy[one],
             )
-        self._last, self._held = {**self._last, **seen.counts}, held
+        self._last, self._held = {**self._last, **seen.counts}, {**self._held, **held}
         self.total = self.total + ended
         return max(arrived, 0)
 
@@ -157,27 +178,27 @@ class ShadowLoop:
         instances = seen.instances
         active = RouterChoice(router=spec.router, policy_file=spec.policy_file)
         understudies = [Understudy(one, spec, seen, self._make_policy, self._config.slot_s) for one in (choice, active)]
-        step_s = min(one.slot_s for one in understudies)
-        due_s = [one.slot_s for one in understudies]
-        observed, slots, time_s = Observed(seen), 0, 0.0
+        shadow, acting = understudies
+        step_s = min(one.slot_s / math.ceil(one.slot_s / LOOK_S) for one in understudies)
+        observed, said_s = Observed(seen), boundary_s
         while self._choice() == choice and self._spec() == spec and self._leading():
-            boundary_s = slot_start_s(max(boundary_s, loop.time()), step_s)
+            before_s, boundary_s = boundary_s, slot_start_s(max(boundary_s, loop.time()), step_s)
             await asyncio.sleep(boundary_s - loop.time())
             seen = await self._observer.observe(self.service, spec)
             if seen.instances != instances:
                 return
-            arrivals, time_s, slots = observed.take(seen), time_s + step_s, slots + 1
-            for number, one in enumerate(understudies):
-                await asyncio.to_thread(one.run, arrivals, step_s, self._rng)
-                if time_s >= due_s[number] - 1e-9:
-                    due_s[number] += one.slot_s
-                    one.decide(seen, self._rng)
-            shadow, acting = understudies
+            arrivals = observed.take(seen)
+            for one in understudies:
+                await asyncio.to_thread(one.run, arrivals, boundary_s - before_s, self._rng)
+                one.turn(seen, self._rng)
+            if boundary_s - said_s < self._config.slot_s - 1e-6:
+                continue
+            said_s = boundary_s
             await self._say(
                 ShadowRecord(
                     choice=choice,
                     active_router=spec.router,
-                    slots=slots,
+                    slots=shadow.slots,
                     weights=shadow.weights,
                     shadow=_would_be(shadow.total),
                     active=_would_be(acting.total),
@@ -193,6 +214,12 @@ class ShadowLoop:
             await self._board.put_shadow(self.service, record)
         except BOARD_ERRORS as error:
             log.warning("shadow of %s: %s", self.service, error)
+
+
+def _held(seen: Seen) -> dict[str, int]:
+    """Requests in each instance that answered."""
+    lengths = zip(seen.instances, seen.observation.length.tolist(), strict=True)
+    return {one: length for one, length in lengths if one in seen.counts}
 
 
 def _would_be(total: Counts) -> WouldBe:
