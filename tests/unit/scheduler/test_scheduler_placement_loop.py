@@ -304,6 +304,41 @@ def test_one_window_is_decided_at_a_time_and_the_loop_is_not_held_up(tmp_path: P
     run(body)
 
 
+def test_a_window_that_its_gateway_has_taken_back_is_not_decided(tmp_path: Path) -> None:
+    """It waited for its turn; the gateway has decided by itself, so its requests must not count as on their way."""
+
+    class Held(Sequential):
+        name = "held"
+        begun = 0
+        let = threading.Event()
+
+        def decide(self, slots: Slots, rng: np.random.Generator) -> IntArray:
+            Held.begun += 1
+            assert Held.let.wait(10.0)
+            return super().decide(slots, rng)
+
+    async def body() -> None:
+        Held.let.set()
+        async with world(tmp_path, build=lambda name, network, load: Held(network)) as here:
+            await here.until_decided_by("held")
+            Held.let.clear()
+            Held.begun = 0
+            link = await connect(here.address, lambda: Connection(on_frame=lambda one, frame: None))
+            _, first = link.request(Kind.DECIDE, Decide(1, WINDOW, ()))
+            await until(lambda: Held.begun == 1)
+            taken_back, _ = link.request(Kind.DECIDE, Decide(2, WINDOW, ()))
+            await until(lambda: len(here.loop._answering) == 2)
+            link.send(Kind.CANCEL, taken_back)
+            await until(lambda: len(here.loop._answering) == 1)
+            Held.let.set()
+            await asyncio.wait_for(first, 10.0)
+            await until(lambda: not here.loop._answering)
+            assert (Held.begun, here.loop.statistics().decided) == (1, 1)
+            link.close("done")
+
+    run(body)
+
+
 def test_addresses_that_cannot_be_are_refused() -> None:
     with pytest.raises(ConfigError, match="address = 'here': must be"):
         SchedulerConfig(board_url=BOARD_URL, address="here")
