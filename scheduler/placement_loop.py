@@ -237,7 +237,7 @@ class PlacementLoop:
         statuses = {k: known[name] for k, name in enumerate(names) if name in known}
         shut = dict.fromkeys(asked.without, "failed a moment ago")
         loads = here.moving.onto(loads_of(here.network, statuses, here.edge.queue_capacity, shut), now_s)
-        policy = here.policy
+        policy, stood_in_for = here.policy, bool(here.reason)
         per_service = here.edge.per_service
 
         def place(by: PlacementPolicy) -> list[Placement]:
@@ -249,7 +249,7 @@ class PlacementLoop:
             log.exception("%s could not decide window %d", policy.name, asked.window)
             here.reason = f"{policy.name} failed: {error!r} (see the scheduler's log)"
             here.policy = policy = Sequential(here.network)
-            here.tried_s = now_s
+            here.tried_s, stood_in_for = now_s, True
             try:
                 placements = await asyncio.to_thread(place, policy)
             except ValueError:  # the gateway knows another network: it decides by itself
@@ -257,7 +257,7 @@ class PlacementLoop:
         here.moving.add(asked.requests, placements, now_s)
         took_s = time.monotonic() - began_s
         self._decided += 1
-        self._stood_in_for += bool(here.reason)
+        self._stood_in_for += stood_in_for  # the policy may have been loaded anew meanwhile
         self._metrics.windows.labels(policy.name).inc()
         self._metrics.window_seconds.observe(took_s)
         return Decision(asked.window, policy.name, tuple(placements), took_s), loads

@@ -209,6 +209,7 @@ def test_a_policy_that_fails_costs_no_request(tmp_path: Path) -> None:
             decision = await here.decide()
             assert decision.policy == "sequential"
             assert all(one.node >= 0 for one in decision.placements)
+            assert (here.loop.statistics().decided, here.loop.statistics().stood_in_for) == (1, 1)
             assert any("a bug" in record.reason for record in here.board.controllers) or "a bug" in (
                 here.loop.statistics().reason
             )
