@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 import models.compiled_resizing
+import models.resizing
 from models.catalog import Preprocess
 from models.compiled_resizing import LONGEST_SIDE, axis, passes, run_passes
 from models.resizing import resized
@@ -75,6 +76,49 @@ def test_both_ways_give_the_same_pixels() -> None:
                 pixels = picture(rng, height, width, 3)
                 by_pillow = resized(pixels, asked, 40, 36, compiled=False)
                 assert np.array_equal(resized(pixels, asked, 40, 36), by_pillow), (height, width)
+
+
+def test_pillow_itself_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.resizing, "run_passes", lambda *asked: pytest.fail("the compiled part was taken"))
+    resized(np.zeros((40, 50, 3), dtype=np.uint8), Preprocess(), 20, 20, compiled=False)
+
+
+BETWEEN_GUARDS = """
+import ctypes, itertools, mmap
+import numpy as np
+from models.compiled_resizing import axis, passes
+
+# Four pages, of which the outer two may not be touched: whoever does is killed.
+page = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+def guarded():
+    area = mmap.mmap(-1, 4 * page)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    for outer in (begin, begin + 3 * page):
+        assert libc.mprotect(outer, page, 0) == 0
+    return area, begin + page, begin + 3 * page
+_, source_begin, source_end = source = guarded()
+_, target_begin, target_end = target = guarded()
+for bytes, (height, width), (down, across) in itertools.product(
+    (1, 3), ((1, 1), (9, 7), (40, 60), (8, 341), (45, 2)), ((1, 1), (11, 5), (32, 64), (50, 54), (7, 300))
+):
+    columns, rows = axis(width, across, "bicubic", 0, across), axis(height, down, "bicubic", 0, down)
+    sides = [value for side in (columns, rows)
+             for value in (*side.weights.shape, side.first.ctypes.data, side.weights.ctypes.data)]
+    for read in (source_begin, source_end - height * width * bytes):
+        for write in (target_begin, target_end - down * across * bytes):
+            assert passes()(read, width * bytes, bytes, *sides, write) == 0
+print("unharmed")
+"""
+
+
+@needs_passes
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's mprotect")
+def test_nothing_outside_the_picture_is_read_and_nothing_outside_the_cut_written() -> None:
+    root = Path(models.compiled_resizing.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", BETWEEN_GUARDS], cwd=root, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "unharmed\n"), done.stderr
 
 
 @needs_passes
