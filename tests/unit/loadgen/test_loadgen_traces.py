@@ -137,6 +137,8 @@ def test_cutting_states_the_end() -> None:
     assert cut.arrivals.end_s == 100.0
     assert cut.arrivals.time_s[-1] < 100.0
     assert len(cut) == int((many().arrivals.time_s < 100.0).sum())
+    even = Trace("even", Arrivals(np.arange(4.0), None, 3.0))
+    assert cut_trace(even, 2.0).arrivals.time_s.tolist() == [0.0, 1.0], "one at the end belongs to what comes next"
 
 
 def test_workloads_by_name() -> None:
