@@ -139,6 +139,17 @@ def test_the_dockerfile_is_clean() -> None:
             assert f"!{one}" in ignored, one
 
 
+def test_the_images_bring_what_is_compiled_and_no_compiler() -> None:
+    """Without setup.py or gcc the build would succeed, too: optional, and slower."""
+    stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)[1:]
+    with_gcc = [stage for stage in stages if " gcc " in stage]
+    assert [stage.partition("\n")[0] for stage in with_gcc] == ["base AS build"]
+    assert re.search(r"^COPY .*\bsetup\.py\b", with_gcc[0], re.MULTILINE)
+    started = [stage.partition("\n")[0] for stage in stages if "\nUSER " in stage]
+    assert started == ["base AS export", "base AS loadgen", "base AS gpu", "base AS cpu"]
+    assert "**/*.so" in (ROOT / ".dockerignore").read_text().splitlines(), "one built here may not fit there"
+
+
 def test_prometheus_scrapes_every_part() -> None:
     for what, file in (("config", "deploy/prometheus.yml"), ("rules", "deploy/alerts.yml")):
         done = subprocess.run([need("promtool"), "check", what, file], cwd=ROOT, capture_output=True, text=True)
