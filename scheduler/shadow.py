@@ -6,6 +6,7 @@ of its own, with its own look at the workers: whatever goes wrong here costs no 
 """
 
 import asyncio
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -28,9 +29,11 @@ from scheduler.slots import slot_start_s
 log = logging.getLogger("scheduler.shadow")
 
 MakePolicy = Callable[[str, Sequence[InstanceKind], ServiceSpec, float], SlotPolicy | None]
-
 LOOK_S: Final = 0.1
 """The workers are asked what arrived so often, at least."""
+AFTER_S: Final = 0.01
+"""So long after a slot's start: the table of the router that acts goes first."""
+_RATIOS: Final = ("goodput", "violation", "heavy")
 
 
 class Understudy:
@@ -145,21 +148,25 @@ class ShadowLoop:
 
     async def run(self) -> None:
         """For ever; a shadow whose router, service or set of instances changes starts over."""
-        while True:
-            await asyncio.sleep(self._config.slot_s)
-            choice, spec = self._choice(), self._spec()
-            if choice is None or spec is None or not self._leading():
-                continue
-            try:
-                await self._watch(choice, spec)
-            except ValueError as error:
-                await self._say(ShadowRecord(choice=choice, active_router=spec.router, reason=str(error)))
-            except BOARD_ERRORS:
-                continue
-            except Exception as error:  # a policy may be anybody's code
-                log.exception("shadow of %s", self.service)
-                reason = f"its code failed: {error!r} (see the scheduler's log)"
-                await self._say(ShadowRecord(choice=choice, active_router=spec.router, reason=reason))
+        try:
+            while True:
+                await asyncio.sleep(self._config.slot_s)
+                choice, spec = self._choice(), self._spec()
+                if choice is None or spec is None or not self._leading():
+                    self._forget()
+                    continue
+                try:
+                    await self._watch(choice, spec)
+                except ValueError as error:
+                    await self._say(ShadowRecord(choice=choice, active_router=spec.router, reason=str(error)))
+                except BOARD_ERRORS:
+                    continue
+                except Exception as error:  # a policy may be anybody's code
+                    log.exception("shadow of %s", self.service)
+                    reason = f"its code failed: {error!r} (see the scheduler's log)"
+                    await self._say(ShadowRecord(choice=choice, active_router=spec.router, reason=reason))
+        finally:
+            self._forget()
 
     def _choice(self) -> RouterChoice | None:
         return self._observer.shadow_choices.get(self.service)
@@ -171,7 +178,7 @@ class ShadowLoop:
     async def _watch(self, choice: RouterChoice, spec: ServiceSpec) -> None:
         loop = asyncio.get_running_loop()
         boundary_s = slot_start_s(loop.time(), self._config.slot_s)  # slots as the router that acts has them
-        await asyncio.sleep(boundary_s - loop.time())
+        await asyncio.sleep(boundary_s + AFTER_S - loop.time())
         seen = await self._observer.observe(self.service, spec)
         if not seen.instances:
             raise ValueError(f"no instance of {self.service} is known")
@@ -183,7 +190,7 @@ class ShadowLoop:
         observed, said_s = Observed(seen), boundary_s
         while self._choice() == choice and self._spec() == spec and self._leading():
             before_s, boundary_s = boundary_s, slot_start_s(max(boundary_s, loop.time()), step_s)
-            await asyncio.sleep(boundary_s - loop.time())
+            await asyncio.sleep(boundary_s + AFTER_S - loop.time())
             seen = await self._observer.observe(self.service, spec)
             if seen.instances != instances:
                 return
@@ -208,12 +215,19 @@ class ShadowLoop:
 
     async def _say(self, record: ShadowRecord) -> None:
         for of, figures in (("shadow", record.shadow), ("active", record.active), ("observed", record.observed)):
-            for ratio in ("goodput", "violation", "heavy"):
+            for ratio in _RATIOS:
                 self._metrics.would_be.labels(self.service, of, ratio).set(getattr(figures, f"{ratio}_ratio"))
         try:
             await self._board.put_shadow(self.service, record)
         except BOARD_ERRORS as error:
             log.warning("shadow of %s: %s", self.service, error)
+
+    def _forget(self) -> None:
+        """A shadow that has ended has no figures: a dashboard would show its last ones for ever."""
+        for of in ("shadow", "active", "observed"):
+            for ratio in _RATIOS:
+                with contextlib.suppress(KeyError):
+                    self._metrics.would_be.remove(self.service, of, ratio)
 
 
 def _held(seen: Seen) -> dict[str, int]:

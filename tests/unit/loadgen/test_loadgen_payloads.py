@@ -108,6 +108,9 @@ def test_every_payload_is_used_equally_often() -> None:
 def test_a_trace_may_say_which_payload_or_label() -> None:
     rng = np.random.default_rng(0)
     assert labelled().choose(rng, 3, names=["4", "9", "4"]) == [4, 9, 4]
+    named = labelled().choose(rng, 40, names=["4", ""] * 20, labels=[3] * 40)
+    assert set(named[::2]) == {4}, "a name says more than a label"
+    assert {labelled().payloads[index].label for index in named[1::2]} == {3}
     chosen = labelled().choose(rng, 300, labels=[2, -1, 4] * 100)
     assert {i % 5 for i in chosen[0::3]} == {2}
     assert {i % 5 for i in chosen[2::3]} == {4}

