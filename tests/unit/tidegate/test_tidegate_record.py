@@ -1,12 +1,17 @@
 """`Recorder` brings several gateways' clocks and counts together; what it writes is what loadgen reads."""
 
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
+import aiohttp
 import pytest
 
 from gateway.arrivals import Arrivals, ArrivalsPage
 from loadgen.traces import parse_workload, write_trace
-from tidegate.record_command import Recorder
+from tidegate import record_command
+from tidegate.record_command import PATIENCE_S, Recorder, RecordError, _Link
 
 
 def page(gateway: str, now_s: float, next: int, *arrivals: tuple[float, str], lost: int = 0) -> ArrivalsPage:
@@ -66,3 +71,50 @@ def test_the_ring_forgets_the_oldest_and_says_so() -> None:
     second = ring.page(first.next, 20.0)
     assert (second.lost, second.services, second.next) == (0, ["s4"], 5)
     assert ring.page(-1, 20.0).next == ring.page(99, 20.0).next == 5
+
+
+class ScriptedLink(_Link):
+    """A connection that answers with these pages, or breaks, one after the other; the last one for ever."""
+
+    def __init__(self, *script: ArrivalsPage | Exception) -> None:
+        super().__init__("http://gateway", cast(aiohttp.ClientSession, None))
+        self.asked: list[int] = []
+        self._script = list(script)
+
+    async def page(self, since: int) -> ArrivalsPage:
+        """The next."""
+        self.asked.append(since)
+        said = self._script.pop(0) if len(self._script) > 1 else self._script[0]
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+
+def test_a_gateway_that_was_started_anew_is_recorded_from_its_first_arrival() -> None:
+    """Its numbers begin at 0 again: what came before the recorder noticed is not lost."""
+    recorder = Recorder(0.0)
+    link = ScriptedLink(
+        page("old", 1.0, 7),  # what was there at the start
+        page("old", 2.0, 8, (1.5, "a")),
+        page("old", 2.0, 8),
+        page("new", 0.5, 5),  # answered as for 8: only from now on
+        page("new", 0.5, 2, (0.1, "a"), (0.2, "a")),
+        page("new", 0.6, 2),
+    )
+    for _ in range(3):
+        asyncio.run(link.poll(recorder))
+    assert link.asked == [-1, 7, 8, 8, 0, 2]
+    assert len(recorder.times_s) == 3
+    assert recorder.lost == 0
+
+
+def test_a_gateway_may_be_away_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 0.0
+    monkeypatch.setattr(record_command, "time", SimpleNamespace(monotonic=lambda: now_s))
+    link = ScriptedLink(page("one", 0.0, 0), aiohttp.ClientConnectionError("refused"))
+    asyncio.run(link.poll(Recorder(0.0)))
+    now_s = PATIENCE_S
+    asyncio.run(link.poll(Recorder(0.0)))
+    now_s = PATIENCE_S + 0.1
+    with pytest.raises(RecordError, match=r"no gateway answers at http://gateway .*start one with tidegate up"):
+        asyncio.run(link.poll(Recorder(0.0)))

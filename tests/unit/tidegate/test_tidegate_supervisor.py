@@ -7,11 +7,13 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import ClassVar, Self
 
+import msgspec
 import pytest
 
 from protocol.deployment import DeploymentError, DeploymentFile, GatewaySettings
-from protocol.records import InstanceSpec, ServiceSpec, WorkerSpec
+from protocol.records import Deployment, InstanceSpec, ServiceSpec, WorkerSpec
 from tidegate import supervisor
 from tidegate.check import refuse_unknown
 from tidegate.supervisor import Child, Supervisor
@@ -223,3 +225,79 @@ def test_a_refused_system_starts_nothing(case: str, free_port: int, monkeypatch:
         assert str({"router": "best", "port taken": free_port}.get(case, 99_999)) in str(caught.value)
 
     run(body)
+
+
+# the order of things
+
+
+class Played:
+    """Stands in for `Child`: notes what is asked of it; `broken` ones cannot be started. Ending takes a moment."""
+
+    told: ClassVar[list[str]] = []
+    broken: ClassVar[set[str]] = set()
+
+    def __init__(self, name: str, *_: object) -> None:
+        self.name = name
+
+    async def start(self) -> None:
+        """Noted."""
+        if self.name in self.broken:
+            raise OSError("no memory")
+        self.told.append(f"start {self.name}")
+
+    async def stop(self) -> None:
+        """Noted when it is over."""
+        await asyncio.sleep(0.005 if self.name.startswith("gateway") else 0)
+        self.told.append(f"stop {self.name}")
+
+
+class PlayedBoard:
+    """Stands in for `Board`: takes everything."""
+
+    def __init__(self, url: str) -> None:
+        pass
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def ping(self) -> None:
+        """There."""
+
+    async def put_deployment(self, deployment: Deployment) -> Deployment:
+        """Taken."""
+        return deployment
+
+    async def deployment(self) -> Deployment | None:
+        """It has forgotten."""
+        return None
+
+
+@pytest.mark.parametrize("broken", ["", "gateway-1", "worker-a"])
+def test_gateways_end_before_those_that_they_ask(broken: str, free_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They start last and drain first; so it is, too, when one of them cannot be started."""
+    monkeypatch.setattr(supervisor, "Child", Played)
+    monkeypatch.setattr(supervisor, "Board", PlayedBoard)
+    Played.told.clear()
+    monkeypatch.setattr(Played, "broken", {broken})
+    gateways = GatewaySettings(port=free_port, processes=2)
+    system = Supervisor(msgspec.structs.replace(deployment(), gateway=gateways), redis_url="redis://x")
+
+    async def body() -> None:
+        if not broken:
+            async with system:
+                assert system.folder.is_dir()
+            return
+        with pytest.raises(OSError, match="no memory"):
+            await system.__aenter__()
+
+    run(body)
+    started = [one.removeprefix("start ") for one in Played.told if one.startswith("start")]
+    everybody = ["worker-a", "scheduler", "gateway-0", "gateway-1"]
+    assert started == everybody[: everybody.index(broken)] if broken else everybody
+    ended = [one.removeprefix("stop ") for one in Played.told if one.startswith("stop")]
+    assert sorted(ended[:2]) == ["gateway-0", "gateway-1"]
+    assert sorted(ended[2:]) == ["scheduler", "worker-a"]
+    assert not system.folder.exists()
