@@ -219,6 +219,29 @@ def test_a_chunked_body_beyond_the_limit_is_cut_off() -> None:
     run(body)
 
 
+def test_the_time_that_a_body_takes_is_the_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The promise counts from the head: the worker gets what is left of it."""
+    now_s = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now_s)
+    fleet, gateway = limited()
+    client = Client(b"1234", {"x-deadline-ms": "200"})
+
+    async def body() -> None:
+        nonlocal now_s
+        client.connect(gateway)
+        client.send(client.request[:-1])
+        now_s += 0.15
+        client.send(client.request[-1:])
+        assert fleet["a"].asked[1].budget_s == pytest.approx(0.05)
+        now_s += 0.06
+        fleet["a"].reply(Attempt.OK, payload=b'{"predictions":[]}')
+        assert client.json["outcome"] == "LATE"
+        assert client.json["timings_ms"]["total"] == 210.0
+        client.leave()
+
+    asyncio.run(body())
+
+
 def test_a_body_has_one_time_limit_however_it_drips() -> None:
     async def body() -> None:
         _, gateway = limited(body_timeout_s=0.05)
