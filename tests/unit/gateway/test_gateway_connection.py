@@ -98,6 +98,50 @@ def test_a_body_that_was_sent_ahead_is_held_to_the_limit_in_its_turn() -> None:
     run(body)
 
 
+@pytest.mark.parametrize(("path_bytes", "status"), [(6_000, 404), (7_000, 431)])
+def test_a_heads_bytes_are_those_of_its_path_and_its_headers_together(path_bytes: int, status: int) -> None:
+    """Either is below the limit of 16 KiB; nothing that is sent in small pieces gets around it."""
+
+    async def body() -> None:
+        client = Client().connect(gateway_over(ScriptedFleet("uniform", a="light")))
+        sent = image(path="/v1/" + "x" * path_bytes, x_filler="y" * 10_000)
+        for start in range(0, len(sent), 1000):
+            client.send(sent[start : start + 1000])
+        assert statuses(client) == [status]
+
+    run(body)
+
+
+def test_who_is_cut_off_while_it_sends_has_a_moment_to_read_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closing on unread bytes would reset the connection, and the reset may overtake the answer."""
+    monkeypatch.setattr("gateway.connection.LINGER_S", 0.01)
+
+    async def body() -> None:
+        _, gateway = limited()
+        client = Client(b"b\r\n12345678901\r\n", CHUNKED).ask(gateway)
+        assert statuses(client) == [413]
+        assert client.socket.ended
+        assert not client.socket.closed
+        client.send(b"5\r\n12345\r\n")
+        await soon(lambda: client.socket.closed)
+
+    run(body)
+
+
+def test_a_connection_that_breaks_leaves_no_timer_behind() -> None:
+    """Which would keep it in memory for the 75 s that an idle one may live."""
+
+    async def body() -> None:
+        fleet = ScriptedFleet("uniform", a="light")
+        client = Client().ask(gateway_over(fleet))
+        fleet["a"].reply(Attempt.OK, payload=ANSWER)
+        assert client.connection.timeout_keep_alive_task is not None
+        client.connection.connection_lost(ConnectionResetError())
+        assert client.connection.timeout_keep_alive_task is None
+
+    run(body)
+
+
 @pytest.mark.parametrize("first", [HEALTH, image()])
 def test_thousands_sent_ahead_and_refused_at_once_do_not_nest(first: bytes) -> None:
     async def body() -> None:

@@ -365,6 +365,8 @@ def test_who_does_not_read_answers_gets_no_further_turn() -> None:
         client.connection.pause_writing()
         client.send(client.request * 2)
         fleet["a"].reply(Attempt.OK, payload=b'{"predictions":[]}')
+        for _ in range(5):  # a turn begins in the loop
+            await asyncio.sleep(0)
         assert len(fleet["a"].asked) == 1
         client.connection.resume_writing()
         await soon(lambda: len(fleet["a"].asked) == 2)
