@@ -150,7 +150,8 @@ def test_thousands_sent_ahead_and_refused_at_once_do_not_nest(first: bytes) -> N
         client = Client().connect(gateway)
         client.send(first + image() * 3000)
         fleet["a"].die()
-        await soon(lambda: len(statuses(client)) == 3001)
+        await soon(lambda: gateway.metrics.ended == 3000 + (first != HEALTH))
+        assert len(statuses(client)) == 3001
         assert set(statuses(client)[1:]) == {503}
         assert gateway.dispatcher._under_way == set()
 
@@ -236,7 +237,7 @@ def test_thousands_of_offers_of_another_protocol_do_not_nest() -> None:
         fleet = ScriptedFleet("uniform", capacity=5000, a="light")
         gateway = gateway_over(fleet)
         client = Client().connect(gateway)
-        client.send(image(b"x", connection="Upgrade", upgrade="h2c") * 2000)
+        client.send(image(b"x", connection="Upgrade", upgrade="h2c", x_deadline_ms="60000") * 2000)
         for _ in range(2000):
             await soon(lambda: fleet["a"].in_flight)
             fleet["a"].reply(Attempt.OK, payload=ANSWER)
