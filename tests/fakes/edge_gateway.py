@@ -64,6 +64,7 @@ class ScriptedScheduler:
         self.address = f"unix:{folder}/scheduler.sock"
         self.decide = decide
         self.asked: list[Decide] = []
+        self.cancelled = 0
         self._server: asyncio.Server | None = None
 
     async def start(self) -> None:
@@ -77,6 +78,7 @@ class ScriptedScheduler:
         await asyncio.sleep(0)
 
     def _on_frame(self, connection: Connection, frame: Frame) -> None:
+        self.cancelled += frame.kind == Kind.CANCEL
         if frame.kind == Kind.DECIDE:
             asked = msgspec.msgpack.decode(frame.meta, type=Decide)
             self.asked.append(asked)
