@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gateway.router import TABLE_ROUTERS
+from gateway.router import ROUTERS, TABLE_ROUTERS
 from protocol.records import RouterChoice, ServiceSpec, ShadowRecord, WouldBe
-from tidegate.running import GatewayError, RunningGateway
+from tidegate.running import GatewayError, NotThere, RunningGateway
 
 T = TypeVar("T")
 errors = Console(stderr=True)
@@ -23,6 +23,8 @@ POLL_S: Final = 0.05
 NEWS_S: Final = 0.2
 """A change has reached the scheduler by then: a table that comes later is the new router's."""
 SHADOW_POLL_S: Final = 1.0
+
+NAMES: Final = f"A router's name: {', '.join(ROUTERS)}"
 
 Url = Annotated[str, typer.Option(help="The gateway.")]
 Service = Annotated[str, typer.Option(help="Service; the only one if there is only one.")]
@@ -98,14 +100,14 @@ class Operator(RunningGateway):
         await self._call("PUT", f"/admin/services/{service}/shadow", msgspec.json.encode(wanted))
 
     async def shadow(self, service: str) -> ShadowRecord | None:
-        """How the router that looks on would have done; None before its first slot is over."""
-        with contextlib.suppress(GatewayError):
+        """How the router that looks on would have done; None if there is none, or its first slot is not over."""
+        with contextlib.suppress(NotThere):
             return msgspec.convert(await self._call("GET", f"/admin/services/{service}/shadow"), ShadowRecord)
         return None
 
 
 def use(
-    policy: Annotated[str, typer.Argument(help="A router's name, as deadline or learned-po.")],
+    policy: Annotated[str, typer.Argument(help=f"{NAMES}.")],
     url: Url = "http://127.0.0.1:8700",
     service: Service = "",
     policy_file: PolicyFile = "",
@@ -136,7 +138,10 @@ def rollback(
     admin_token: Token = "",
     json_output: AsJson = False,
 ) -> None:
-    """Take the last change of a service's router back; again, the one before it."""
+    """Take the last change of a service's router back; again, the one before it (20 are kept).
+
+    Example: tidegate routing rollback --service imagenet
+    """
 
     async def go() -> dict[str, Any]:
         async with Operator(url, admin_token) as gateway:
@@ -145,42 +150,55 @@ def rollback(
             return {"service": name, "router": choice.router, "policy_file": choice.policy_file}
 
     told = _ended(go())
-    _print(told, json_output, f"{told['service']} is routed by {told['router']} again")
+    by = f" of {told['policy_file']}" if told["policy_file"] else ""
+    _print(told, json_output, f"{told['service']} is routed by {told['router']}{by} again")
 
 
 def shadow(
-    policy: Annotated[str, typer.Argument(help="A router's name; none ends the shadow, nothing shows it.")] = "",
+    policy: Annotated[
+        str, typer.Argument(help=f"{NAMES}. The word none ends the shadow; without any, the one at work is shown.")
+    ] = "",
     url: Url = "http://127.0.0.1:8700",
     service: Service = "",
     policy_file: PolicyFile = "",
-    seconds: Annotated[float, typer.Option(help="Watch for so long, then print; the shadow goes on.")] = 5.0,
+    seconds: Annotated[
+        float, typer.Option(min=0.0, help="Watch for so long (a new one for 3 at least), then print; it goes on.")
+    ] = 5.0,
     admin_token: Token = "",
     json_output: AsJson = False,
 ) -> None:
     """Let a policy decide beside the real one without acting, and show what would have become of the requests.
 
-    Both run in one queueing model, fed with the arrivals that the workers count; what the workers observed stands
-    beside. Example: tidegate routing shadow learned-po --seconds 60; tidegate routing shadow none
+    Both run in one queueing model, fed with the arrivals that the workers count since it looks on; what the workers
+    observed stands beside. Ctrl-C ends the watching, not the shadow.
+
+    Example: tidegate routing shadow learned-po --seconds 60, and in the end tidegate routing shadow none
     """
+
+    wanted = RouterChoice(router="" if policy == "none" else policy, policy_file=_absolute(policy_file))
 
     async def go() -> ShadowRecord | None:
         async with Operator(url, admin_token) as gateway:
             name = await gateway.name_of(service)
-            if policy == "none":
-                await gateway.shadow_by(name, RouterChoice(router=""))
-                return None
             if policy:
-                await gateway.shadow_by(name, RouterChoice(router=policy, policy_file=_absolute(policy_file)))
+                await gateway.shadow_by(name, wanted)
+            if policy == "none":
+                return None
             record: ShadowRecord | None = None
             ends_s = time.monotonic() + max(seconds, 3.0 if policy else 0.0)
             with errors.status("watching") as status:
                 while True:
-                    record = await gateway.shadow(name)
-                    if record is not None:
+                    news = await gateway.shadow(name)
+                    if news is not None and (news.choice == wanted or not policy):
+                        record = news
                         status.update(f"{record.choice.router}, {record.slots} slots")
-                    if time.monotonic() > ends_s:
+                    if time.monotonic() > ends_s or (record is not None and record.reason):
                         break
                     await asyncio.sleep(min(SHADOW_POLL_S, max(0.0, ends_s - time.monotonic()) + 0.01))
+            if record is None and policy:
+                raise GatewayError(
+                    f"nothing was heard of {policy} yet: is the scheduler running? It goes on looking on"
+                )
             if record is None:
                 raise GatewayError(f"no router looks on at {name}: name one, as tidegate routing shadow learned-po")
             return record
@@ -200,14 +218,19 @@ def shadow(
 
 
 def _show(record: ShadowRecord) -> None:
+    """A table; of no requests there are no shares."""
     table = Table("", "requests", "goodput", "violations", "heavy", title=f"{record.slots} slots")
     for name, row in (
         (f"{record.choice.router} would have had", record.shadow),
         (f"{record.active_router} in the same model", record.active),
         (f"{record.active_router} as the workers counted", record.observed),
     ):
-        table.add_row(name, f"{row.requests:,}", *(f"{100 * share:.2f}%" for share in _ratios(row)))
+        table.add_row(
+            name, f"{row.requests:,}", *(f"{100 * share:.2f}%" if row.requests else "" for share in _ratios(row))
+        )
     Console().print(table)
+    if not record.observed.requests:
+        print("no request has ended since it looks on")
     if record.weights:
         shares = ", ".join(f"{one} {100 * weight:.1f}%" for one, weight in record.weights.items())
         print(f"its table now: {shares}")

@@ -32,6 +32,10 @@ class GatewayError(RuntimeError):
     """The gateway cannot be reached or refused: says what to do."""
 
 
+class NotThere(GatewayError):
+    """The gateway has no such service, or nothing to tell of it yet."""
+
+
 class RouterUnusable(GatewayError):
     """The gateway refuses this router for this service, or it does not come into force: says why."""
 
@@ -75,6 +79,10 @@ class RunningGateway:
                 said = str(msgspec.json.decode(answer)["error"])
                 if path.endswith("/router") and response.status in (400, 409):
                     raise RouterUnusable(said)
+                if response.status == 404:
+                    raise NotThere(said)
+                if path.startswith("/admin/services/") and response.status in (400, 409, 503):
+                    raise GatewayError(said)
                 raise GatewayError(f"{path}: {said}")
             raise GatewayError(f"{path}: HTTP {response.status}: is this a Tidegate gateway?")
         return msgspec.json.decode(answer)

@@ -54,7 +54,9 @@ def read_artifact(path: Path) -> tuple[dict[str, Any], Layout, dict[str, NDArray
         record = json.loads(record_path.read_text())
         tensors = load_file(record_path.with_suffix(".safetensors"))
     except FileNotFoundError as missing:
-        raise RoutingError(f"artifact {record_path}: {missing.filename or missing} does not exist") from missing
+        beside = "" if not record_path.exists() else f" beside {record_path.name}"
+        absent = record_path if not beside else record_path.with_suffix(".safetensors")
+        raise RoutingError(f"artifact {absent} does not exist{beside}") from missing
     except OSError as broken:
         raise RoutingError(f"artifact {record_path}: cannot be read ({broken.strerror})") from broken
     except (json.JSONDecodeError, UnicodeDecodeError) as broken:

@@ -98,8 +98,9 @@ def load_policies(source: Path | str, kinds: tuple[InstanceKind, ...], router: s
     """The policies behind `source`: an artifact, a folder of artifacts, or a name among those shipped (`learned-po`).
 
     Beside an artifact NAME.json, those in the folder NAME/ belong to it: the same router for other sets of instances.
-    Raises `RoutingError` if there is none, one is broken, or one is not for `router` (where given). Whether one fits
-    is seen when it acts: what does not fit the whole set may fit what is ready of it.
+    Of a folder, those of `router` (where given) are taken. Raises `RoutingError` if there is none, one is broken, or a
+    named one, or what belongs to it, is another router's. Whether one fits is seen when it acts: what does not fit the
+    whole set may fit what is ready of it.
     """
     where = Path(source)
     if where.parent == Path(".") and not where.exists() and not where.with_suffix(".json").exists():
@@ -112,6 +113,12 @@ def load_policies(source: Path | str, kinds: tuple[InstanceKind, ...], router: s
     if not files:
         raise RoutingError(f"{where} holds no artifact: it needs NAME.json beside NAME.safetensors")
     policies = [load_policy(file) for file in files]
+    if files is folder and router:
+        found = sorted({one.name for one in policies})
+        files = [file for file, one in zip(files, policies, strict=True) if one.name == router]
+        policies = [one for one in policies if one.name == router]
+        if not policies:
+            raise RoutingError(f"{where} holds no artifact of {router}, but of {', '.join(found)}")
     for policy, file in zip(policies, files, strict=True):
         if router and policy.name != router:
             raise RoutingError(f"artifact {file} is a {policy.name}, but the service's router is {router}")

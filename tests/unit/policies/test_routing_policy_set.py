@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from policies.routing.artifact import write_artifact
+from policies.routing.artifact import PRETRAINED, write_artifact
 from policies.routing.contract import InstanceKind, RoutingError, observation_of
 from policies.routing.features import layout_for
 from policies.routing.policy_set import load_policies
+from policies.routing.presets import PAPER_KINDS
 
 H, L = InstanceKind("heavy", 0, 0.04, 0.8), InstanceKind("light", 1, 0.01, 0.7)
 
@@ -100,6 +101,15 @@ def test_another_routers_artifact_is_named(tmp_path: Path) -> None:
         load_policies(path, (H, L), "learned-po")
 
 
+def test_of_a_folder_the_routers_own_artifacts_are_taken(tmp_path: Path) -> None:
+    artifact(tmp_path, "a", (H, L), favourite=0, router="learned-fo")
+    with pytest.raises(RoutingError, match="holds no artifact of learned-po, but of learned-fo"):
+        load_policies(tmp_path, (H, L), "learned-po")
+    artifact(tmp_path, "b", (H, L), favourite=0)
+    assert load_policies(tmp_path, (H, L), "learned-po").name == "learned-po"
+    assert load_policies(f"{PRETRAINED}/", PAPER_KINDS, "learned-po-batch").name == "learned-po-batch"
+
+
 def test_broken_artifacts_are_named(tmp_path: Path) -> None:
     path = artifact(tmp_path, "learned-po", (H, L), favourite=0)
     record, weights = json.loads(path.read_text()), path.with_suffix(".safetensors").read_bytes()
@@ -121,4 +131,6 @@ def test_broken_artifacts_are_named(tmp_path: Path) -> None:
     path.with_suffix(".safetensors").write_bytes(weights[:100])
     fails("broken")
     path.with_suffix(".safetensors").unlink()
-    fails("does not exist")
+    fails(r"artifact .*learned-po\.safetensors does not exist beside learned-po\.json$")
+    path.unlink()
+    fails(r"artifact .*learned-po\.json does not exist$")

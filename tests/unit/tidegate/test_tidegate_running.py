@@ -202,7 +202,7 @@ class Answer:
     [
         (409, b'{"error": "no policy fits"}', RouterUnusable, "^no policy fits$"),
         (400, b'{"error": "no such router"}', RouterUnusable, "^no such router$"),
-        (503, b'{"error": "the board is away"}', GatewayError, "router: the board is away"),
+        (503, b'{"error": "the board is away"}', GatewayError, "^the board is away$"),
         (502, b"<html>", GatewayError, "HTTP 502: is this a Tidegate gateway"),
     ],
 )
