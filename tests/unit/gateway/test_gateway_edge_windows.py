@@ -34,14 +34,18 @@ def test_each_window_has_its_own_time(tmp_path: Path, before: str) -> None:
     async def body() -> None:
         spec = edge_spec(window_ms=WINDOW_MS, per_service=2)
         async with world(tmp_path, answering(NodeStatus("north")), spec) as here:
-            if before == "full":
-                for client in [here.ask(), here.ask()]:
-                    await here.answer(client)
-            else:
-                here.ask().leave()
+            early = [here.ask() for _ in range(2 if before == "full" else 1)]
+            if before == "left":
+                early[0].leave()
+            timer = here.gateway.edge._closing
+            assert timer is not None
+            assert timer.cancelled()
             await asyncio.sleep(WINDOW_MS / 2e3)
             told = await here.answer(here.ask())
             assert told["delay_s"]["real"]["window"] >= WINDOW_MS / 1e3
+            if before == "full":
+                for client in early:
+                    await here.answer(client)
             await at_rest(here)
 
     run(body)

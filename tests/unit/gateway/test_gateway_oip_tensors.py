@@ -159,6 +159,7 @@ def with_data(data: str, shape: str = "[2]", datatype: str = "FP32") -> InputGiv
         ("[1, 2]", "[1, -2]", "none negative"),
         ("[]", "[1,1,1,1,1,1,1,1,1]", "at most 8 lengths"),
         ("[[[[1, 2]]]]", "[2]", "has 1 elements"),
+        ("[[1, 2]]", "[2]", "has 1 elements"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(data: str, shape: str, reason: str) -> None:

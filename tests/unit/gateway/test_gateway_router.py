@@ -149,6 +149,34 @@ def test_one_that_comes_back_holds_what_is_still_in_flight_there() -> None:
     assert (router.length, router.capacity) == ([1], [3])
 
 
+def test_what_was_foretold_of_one_that_comes_back_is_no_longer_believed() -> None:
+    """It was predicted to be busy for 50 s when it went; its successor on that address has nothing to do."""
+    router = router_of(record("a/light"))
+    router.clear_s[0] = 50.0
+    router.close(router.targets[0])
+    router.set_connected(HERE)
+    assert router.clear_s == [0.0]
+    router.clear_s[0] = 50.0
+    router.set_connected(HERE)
+    assert router.clear_s == [50.0], "it never went"
+
+
+def test_a_late_reply_of_one_that_has_gone_is_not_taken_for_its_neighbours() -> None:
+    """The numbers of those that stay move up: what is left of the one that went must not point at them."""
+    router = router_of(record("a/light"), record("b/light"))
+    gone, stays = router.targets
+    router.sent(gone, 0.0)
+    router.sent(gone, 0.0)
+    router.set_instances([record("b/light")], HERE)
+    before = (list(router.length), list(router.clear_s), list(router.service_s))
+    router.answered(gone, 0.5, 7, 9.0, 3.0)
+    router.lost(gone)
+    router.close(gone)
+    assert (router.length, router.clear_s, router.service_s) == before
+    assert router.targets == [stays]
+    assert (router.capacity, router.routable, gone.in_flight) == ([3], 1, 0)
+
+
 # counting
 
 
