@@ -90,6 +90,11 @@ class Observed:
         self.total = Counts()
         self._last = seen.counts
         self._held = _held(seen)
+        self._answered = seen.counts.keys()
+
+    def silent(self, seen: Seen) -> bool:
+        """Whether somebody who answered the last look that was taken does not answer now."""
+        return not self._answered <= seen.counts.keys()
 
     def take(self, seen: Seen) -> int:
         """Adds what ended since the last look; gives back how many requests arrived since then.
@@ -100,7 +105,7 @@ class Observed:
         accuracy = {one: kind.accuracy for one, kind in zip(seen.instances, seen.kinds, strict=True)}
         heavy = {one for one, kind in zip(seen.instances, seen.kinds, strict=True) if kind.rank == 0}
         ended = Counts()
-        held = _held(seen)
+        held, self._answered = _held(seen), seen.counts.keys()
         arrived = 0
         for one, counts in seen.counts.items():
             before, held_before = self._last.get(one, ()), self._held.get(one, 0)
@@ -187,17 +192,20 @@ class ShadowLoop:
         understudies = [Understudy(one, spec, seen, self._make_policy, self._config.slot_s) for one in (choice, active)]
         shadow, acting = understudies
         step_s = min(one.slot_s / math.ceil(one.slot_s / LOOK_S) for one in understudies)
-        observed, said_s = Observed(seen), boundary_s
+        observed, said_s, ran_s = Observed(seen), boundary_s, boundary_s
         while self._choice() == choice and self._spec() == spec and self._leading():
-            before_s, boundary_s = boundary_s, slot_start_s(max(boundary_s, loop.time()), step_s)
+            boundary_s = slot_start_s(max(boundary_s, loop.time()), step_s)
             await asyncio.sleep(boundary_s + AFTER_S - loop.time())
             seen = await self._observer.observe(self.service, spec)
             if seen.instances != instances:
                 return
+            if observed.silent(seen) and boundary_s - ran_s < self._config.slot_s:
+                continue  # what arrived there, and when, the next look may tell
             arrivals = observed.take(seen)
             for one in understudies:
-                await asyncio.to_thread(one.run, arrivals, boundary_s - before_s, self._rng)
+                await asyncio.to_thread(one.run, arrivals, boundary_s - ran_s, self._rng)
                 one.turn(seen, self._rng)
+            ran_s = boundary_s
             if boundary_s - said_s < self._config.slot_s - 1e-6:
                 continue
             said_s = boundary_s

@@ -206,6 +206,29 @@ def test_a_late_look_makes_no_time_disappear() -> None:
     assert last.active.violation_ratio == 0.0
 
 
+def test_silence_makes_no_burst_of_what_arrived_meanwhile() -> None:
+    """40 requests a second to the light instance; for 0.5 s of every 2 nobody answers."""
+
+    class Silent(Scripted):
+        async def observe(self, service: str, spec: ServiceSpec) -> Seen:
+            answer = await super().observe(service, spec)
+            quiet = asyncio.get_running_loop().time() % 2.0 > 1.5
+            return msgspec.structs.replace(answer, counts={}) if quiet else answer
+
+    told = Silent(lambda now_s: int(now_s * 40.0)).watched(12)
+    assert told[-1][1].observed.requests > 300
+    assert told[-1][1].active.requests == pytest.approx(told[-1][1].observed.requests, abs=10)
+    assert told[-1][1].active.heavy_ratio > 0.5, "in one burst they would not fit"
+
+
+def test_who_stays_away_is_not_waited_for() -> None:
+    observed = Observed(seen(counts(), counts()))
+    silent = msgspec.structs.replace(seen(counts(), counts()), counts={"b": counts()})
+    assert observed.silent(silent)
+    observed.take(silent)
+    assert not observed.silent(silent)
+
+
 def test_what_workers_register_of_batches_reaches_the_shadow() -> None:
     observer = Observer(cast(Board, None), 0.1)
     record = InstanceRecord(
