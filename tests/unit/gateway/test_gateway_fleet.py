@@ -134,6 +134,7 @@ def run(body: Callable[[Fleet, FakeBoard], Awaitable[None]]) -> None:
         board = FakeBoard()
         async with asyncio.timeout(30.0), Fleet(cast(Board, board), on_change=lambda: None) as fleet:
             await body(fleet, board)
+        assert board.known_gateways <= {"another"}, "an orderly end is told"
 
     asyncio.run(bounded())
 
@@ -252,6 +253,53 @@ def test_a_worker_that_hangs_is_cut_off_and_one_that_the_board_forgot_is_not(
     run(body)
 
 
+def test_a_worker_that_ended_in_order_is_forgotten_at_once_and_its_link_once_it_owes_nothing(tmp_path: Path) -> None:
+    """It takes its registration back and still finishes what it has: that must not be lost with the link."""
+
+    async def body(fleet: Fleet, board: FakeBoard) -> None:
+        worker = await FakeWorker(tmp_path, "1").start()
+        board.records = [worker.record("1")]
+        await fleet.settle(5.0)
+        await board.news(b"instances")
+        await until(lambda: routable(fleet))
+        (peer,) = fleet.peers.values()
+        request_id, waiting = peer.request(Kind.INFER, Infer("w/light", 1.0))
+        board.records = [msgspec.structs.replace(worker.record("1"), state=InstanceState.DRAINING)]
+        await board.news(b"instances")
+        assert fleet.notices() == ["w/light of s is not ready: draining"]
+        board.records = []
+        await board.news(b"instances")
+        assert fleet.services["s"].targets == []
+        assert fleet.peers == {worker.address: peer}
+        assert peer.up
+        assert not waiting.done()
+        worker._connections[0].send(Kind.REPLY, request_id, None, b"late")
+        assert (await waiting).payload == b"late"
+        await board.news(b"instances")
+        assert fleet.peers == {}
+        await worker.stop()
+
+    run(body)
+
+
+def test_a_deployment_is_taken_once() -> None:
+    """The board is read every second: what it says again changes nothing."""
+    seen: list[object] = []
+
+    async def bounded() -> None:
+        board = FakeBoard()
+        taken = Fleet(cast(Board, board), on_change=lambda: None, on_deployment=seen.append)
+        async with asyncio.timeout(30.0), taken as fleet:
+            await fleet.settle(5.0)
+            for version in (1, 1, 2, 2):
+                assert board.posted is not None
+                board.posted = msgspec.structs.replace(board.posted, version=version)
+                await board.news(b"deployment")
+
+    asyncio.run(bounded())
+    assert len(seen) == 2
+
+
 def test_an_older_deployment_and_an_unknown_router_change_nothing() -> None:
     async def body(fleet: Fleet, board: FakeBoard) -> None:
         await fleet.settle(5.0)
@@ -312,5 +360,9 @@ def test_a_single_queue_that_several_gateways_hold_is_told(monkeypatch: pytest.M
         assert fleet.notices() == []
         board.known_gateways.add("another")
         await until(lambda: fleet.notices() == ["s has 2 queues: single-queue needs one gateway, end the others"])
+        alone = {"s": msgspec.structs.replace(spec, router="uniform")}
+        board.posted = Deployment(name="d", services=alone, workers=(), version=3)
+        await board.news(b"deployment")
+        await until(lambda: fleet.gateways == 1)  # the others are not counted where it does not matter
 
     run(body)
