@@ -153,7 +153,8 @@ def test_a_shadow_decides_without_acting_and_its_would_be_results_stand_beside(s
 
     record = asyncio.run(run())
     assert record.active_router == "deadline"
-    assert record.shadow.goodput_ratio == pytest.approx(L.accuracy, abs=1e-6)
+    in_time = 1.0 - record.shadow.violation_ratio  # a machine that stands still makes a burst of what has waited
+    assert record.shadow.goodput_ratio == pytest.approx(L.accuracy * in_time, abs=1e-6)
     assert record.shadow.heavy_ratio == 0.0
     assert record.active.goodput_ratio > record.shadow.goodput_ratio + 0.01
     assert record.active.heavy_ratio == pytest.approx(record.observed.heavy_ratio, abs=0.1)
