@@ -184,6 +184,8 @@ class Gateway:
                 self.check_started()
                 request = await call.admit(receive, arrived_s)
                 assert router is not None, "an admitted request has a service"
+                if presence.gone:  # while its body was read in a thread: there is nothing yet that could be abandoned
+                    raise ClientGone
                 presence.watch(lambda: request.abandon(ClientGone()))
                 end = await self.dispatcher.dispatch(router, request)
             except Exception as error:

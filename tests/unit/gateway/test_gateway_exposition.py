@@ -109,6 +109,19 @@ def test_a_process_that_has_ended_leaves_its_counts_only(tmp_path: Path) -> None
     assert ("attempts_total", "a/v", "OK") not in one.told(), "what cannot be read is left out"
 
 
+def test_what_was_counted_up_to_the_end_of_a_process_is_left_to_the_others(tmp_path: Path) -> None:
+    """It shares every second, and once more when it ends."""
+    one, two = Process("one", tmp_path), Process("two", tmp_path)
+
+    async def life() -> None:
+        async with two.exposition:
+            await asyncio.sleep(0)
+            two.ends = {"a/v": {"OK": 4}}
+
+    asyncio.run(life())
+    assert one.told()["attempts_total", "a/v", "OK"] == 4
+
+
 @pytest.mark.parametrize(("choose", "expected"), [(max, 3.0), (min, 1.0), (lambda a, b: a + b, 6.0)])
 def test_merging_is_folding(choose: Callable[[float, float], float], expected: float) -> None:
     parts: list[Values] = [{("a",): 2.0, ("b",): 7.0}, {("a",): 1.0}, {("a",): 3.0}]

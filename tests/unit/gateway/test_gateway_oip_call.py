@@ -1,6 +1,9 @@
 """One infer call: how many bytes a tensor has, and where an answer's JSON ends and its scores begin."""
 
+import asyncio
+import gzip
 import json
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -9,6 +12,7 @@ from gateway.admission import Uploads
 from gateway.oip_call import TENSOR_TYPE, OipCall
 from gateway.oip_models import find_model
 from gateway.oip_tensors import OutputAsked
+from gateway.presence import Presence, announce
 from protocol.records import InputRecord
 from tests.unit.gateway.test_gateway_oip import PREDICTED, SHAPE, Surface, record
 
@@ -25,6 +29,32 @@ def test_a_float16_tensor_has_two_bytes_for_each_number() -> None:
     status, said = surface.json("POST", "/v2/models/big/infer", numbers * 2, **asked)
     assert status == 400
     assert "'big' takes 12 bytes" in said["error"]
+
+
+def test_who_left_while_its_body_was_read_is_sent_nowhere() -> None:
+    """Compressed bodies are read in a thread; the connection tells of the client's leaving meanwhile."""
+    surface, presence = Surface(), Presence()
+    sent: list[object] = []
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v2/models/pets/infer",
+        "query_string": b"",
+        "headers": [(b"content-type", b"image/png"), (b"content-encoding", b"gzip")],
+    }
+    announce(scope, presence)
+
+    async def receive() -> dict[str, object]:
+        presence.leave()  # from now on
+        return {"type": "http.request", "body": gzip.compress(b"picture"), "more_body": False}
+
+    async def send(message: object) -> None:
+        sent.append(message)
+
+    asyncio.run(surface.app(scope, receive, send))
+    assert surface.seen == []
+    assert sent == []
+    assert surface.outcomes() == {"pets": {"CANCELLED": 1}}
 
 
 def test_scores_of_any_shape_are_told_from_the_json_before_them() -> None:
