@@ -3,17 +3,19 @@
 import asyncio
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
+import numpy as np
 import pytest
 
 from gateway import edge, edge_decide
+from gateway.edge_exchange import EdgeExchange
 from policies.placement.live import OnTheWay
 from protocol.edge_records import ControllerRecord, Decide, Decision, EdgeInfer, EdgeReply, NodeStatus, Placement
 from protocol.outcomes import Attempt
-from tests.fakes.edge_gateway import NODES, ScriptedScheduler, World, edge_spec, failing, run, world
-from tests.fakes.scripted_client import soon, tally
+from tests.fakes.edge_gateway import JPEG, NODES, ScriptedScheduler, World, edge_spec, failing, run, world
+from tests.fakes.scripted_client import Client, soon, tally
 from tests.fakes.scripted_nodes import answering, until
 
 WINDOW_MS = 120.0
@@ -191,5 +193,50 @@ def test_a_node_that_drains_takes_nothing_new(tmp_path: Path) -> None:
             told = await here.answer(here.ask(headers={"x-edge-node": "north"}))
             assert told["decision"]["entry"] == "middle"
             assert told["decision"]["node"] != "north"
+
+    run(body)
+
+
+def test_a_scheduler_that_the_board_forgot_is_kept_and_one_that_moved_is_followed(tmp_path: Path) -> None:
+    async def body() -> None:
+        folders = [tmp_path / name for name in "ab"]
+        for folder in folders:
+            folder.mkdir()
+        former, latter = (ScriptedScheduler(folder, lambda asked: None) for folder in folders)
+        await former.start()
+        await latter.start()
+        async with world(tmp_path, answering(NodeStatus("north"))) as here:
+            view = here.gateway.edge_view
+            await with_scheduler(here, former)
+            here.board.controller_record = None
+            await asyncio.sleep(0.05)  # read several times
+            assert view.placing() == ("beam", "")
+            link = view._link
+            await with_scheduler(here, latter)
+            await until(lambda: (peer := view.scheduler()) is not None and peer.address == latter.address)
+            assert link is not None
+            assert link.done(), "nobody keeps a link to where nobody decides"
+        await former.stop()
+        await latter.stop()
+
+    run(body)
+
+
+def test_a_body_in_many_pieces_arrives_whole_and_its_time_limit_ends_with_it(tmp_path: Path) -> None:
+    whole = np.random.default_rng(3).bytes(600 * 512)
+
+    async def body() -> None:
+        async with world(tmp_path, answering(NodeStatus("north"))) as here:
+            client = Client(whole, JPEG | PATIENT, "/v1/detection").connect(here.gateway)
+            head = len(client.request) - len(whole)
+            client.send(client.request[:head])
+            timer = cast(EdgeExchange, client.connection.cycle)._body_timer
+            assert timer is not None
+            for start in range(head, len(client.request), 512):
+                assert not timer.cancelled()
+                client.send(client.request[start : start + 512])
+            assert timer.cancelled()
+            assert (await here.answer(client))["outcome"] == "OK"
+            assert here["north"].asked[0][1] == whole
 
     run(body)
