@@ -114,6 +114,16 @@ def test_a_connection_is_used_again_as_long_as_it_is_used_often(client: Client) 
     assert made[1].closed
 
 
+def test_a_connection_on_which_something_came_unasked_is_replaced(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server has closed it: the request would be lost, and could not be sent again."""
+    client.infer("s", b"x")
+    monkeypatch.setattr(client_module, "_quiet", lambda connection: connection is not made[0])
+    client.infer("s", b"x")
+    assert [(one.requests, one.closed) for one in made] == [(1, True), (1, False)]
+
+
 def test_each_request_sets_its_own_time_limit_on_a_kept_connection(client: Client) -> None:
     for deadline_s in (5.0, 0.5, 2.0):
         client.infer("s", b"x", deadline_s=deadline_s)
