@@ -32,7 +32,16 @@ from protocol.records import InstanceRecord, PolicyStatus, ServiceSpec, Table
 PHASE_ROUTERS: Final = frozenset({"stationary", "learned-fo", "learned-fo-batch"})
 """Routers that must be told the workload's hidden phase: live, only an experiment's load generator can."""
 TABLE_ROUTERS: Final = frozenset(
-    {"threshold", "stationary", "infaas", "learned-po", "learned-fo", "learned-po-batch", "learned-fo-batch"}
+    {
+        "threshold",
+        "stationary",
+        "infaas",
+        "learned-po",
+        "learned-fo",
+        "learned-po-batch",
+        "learned-fo-batch",
+        "learned-set",
+    }
 )
 """Routers whose table the scheduler sets every slot; without a valid table the gateway routes by `deadline`."""
 ROUTERS: Final = tuple(sorted(TABLE_ROUTERS | RULES.keys()))

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from policies.routing.contract import InstanceKind, SlotPolicy
 from policies.routing.policy_set import load_policies
 from policies.routing.rules import RULES
+from policies.routing.set_network import NAME as LEARNED_SET
+from policies.routing.set_network import load_set_policy
 from policies.routing.tables import Infaas, Stationary, Threshold
 from protocol.records import ServiceSpec
 
@@ -26,4 +28,6 @@ def make_policy(router: str, kinds: Sequence[InstanceKind], spec: ServiceSpec, s
         if not spec.phase_rates:
             raise ValueError("stationary needs phase_rates in the service's settings: requests/s in each phase")
         return Stationary.solve(instances, spec.phase_rates, spec.requirement_ms / 1e3, 1.0 - spec.percentile)
+    if router == LEARNED_SET:
+        return load_set_policy(spec.policy_file or router, instances)
     return load_policies(spec.policy_file or router, instances, router)

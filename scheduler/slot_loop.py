@@ -19,6 +19,7 @@ import numpy as np
 
 from policies.routing.contract import InstanceKind, SlotPolicy
 from policies.routing.policy_set import PolicySet
+from policies.routing.set_network import SetPolicy
 from protocol.board import BOARD_ERRORS, LEASE_EXPIRES_S, Board
 from protocol.records import DecisionRecord, PolicyStatus, ServiceSpec
 from scheduler.config import SchedulerConfig
@@ -163,7 +164,7 @@ class SlotLoop:
                 publish_ms=taken_s * 1e3,
             )
         )
-        remark = policy.remark(seen.observation.ready) if isinstance(policy, PolicySet) else ""
+        remark = policy.remark(seen.observation.ready) if isinstance(policy, PolicySet | SetPolicy) else ""
         return PolicyStatus(policy=spec.router, in_force=True, reason=remark)
 
     def _policy_of(self, spec: ServiceSpec, seen: Seen) -> SlotPolicy | None:

@@ -33,6 +33,13 @@ def evaluate(
     slots: Annotated[int, typer.Option(help="slots of 1 s (a trace is run to its end)")] = 600_000,
     seed: Seed = 1,
     requirement_ms: RequirementMs = 300.0,
+    size: Annotated[
+        str,
+        typer.Option(
+            help="of the service: 2xN or 3xN (N instances of each of two or three variants, rates in proportion), or "
+            "HEAVY+LIGHT instances at the paper's rates; @0.7 after it for 0.7 times the rates"
+        ),
+    ] = "2x2",
     artifact: Annotated[
         list[str] | None, typer.Option(help="NAME=PATH: use this trained policy instead of the pretrained one")
     ] = None,
@@ -40,13 +47,17 @@ def evaluate(
     json_output: AsJson = False,
 ) -> None:
     """Score routers in the simulator: goodput, violations, heavy share, per phase of the workload."""
+    from policies.routing.advise import at_load
     from policies.routing.evaluate import LEARNED, ROUTERS, as_json, paper_evaluation
+    from policies.routing.set_sizes import PAPER_SIZE, sized
 
     try:
-        arrivals = arrivals_of(workload)
+        service, load = sized(size, requirement_ms / 1000.0)
+        arrivals = arrivals_of(workload) if load == 1.0 else at_load(arrivals_of(workload), load)
         artifacts = {a.split("=", 1)[0]: Path(a.split("=", 1)[1]) for a in artifact or []}
         if policy == "all":
-            names = [r for r in ROUTERS if r not in LEARNED or r in artifacts or _shipped(r, workload)]
+            fits = {r for r in LEARNED if _shipped(r, workload) and (size == PAPER_SIZE or r == "learned-set")}
+            names = [r for r in ROUTERS if r not in LEARNED or r in artifacts or r in fits]
         else:
             names = policy.split(",")
         for name in names:
@@ -61,17 +72,23 @@ def evaluate(
 
             began = time.perf_counter()
             results = paper_evaluation(
-                names, arrivals, slots=slots, seed=seed, requirement_s=requirement_ms / 1000.0, artifacts=artifacts,
-                threads=threads, progress=tell,
+                names, arrivals, slots=slots, seed=seed, service=service, artifacts=artifacts, threads=threads,
+                progress=tell,
             )  # fmt: skip
     except WRONG as error:
         raise fail(error) from error
     if json_output:
-        about = {"workload": workload, "slots": slots, "seed": seed, "seconds": round(time.perf_counter() - began, 1)}
+        about = {
+            "workload": workload,
+            "size": size,
+            "slots": slots,
+            "seed": seed,
+            "seconds": round(time.perf_counter() - began, 1),
+        }
         print(json.dumps(as_json(results, **about)))
         return
-    print(f"{workload}, {slots} slots, seed {seed}; percent, the paper's figure in brackets")
-    for line in score_lines(workload if requirement_ms == 300.0 else "", results):
+    print(f"{size} instances, {workload}, {slots} slots, seed {seed}; percent, the paper's figure in brackets")
+    for line in score_lines(workload if (size, requirement_ms) == (PAPER_SIZE, 300.0) else "", results):
         print(line)
 
 

@@ -189,8 +189,7 @@ def _simulated(
     repetitions: int,
     seed: int,
 ) -> dict[str, list[Figures]]:
-    from policies.routing.evaluate import evaluate
-    from policies.routing.learned import load_policy
+    from policies.routing.evaluate import LEARNED, evaluate, trained
     from policies.routing.queueing_model import trace_arrivals
 
     # As they left: a generator on a busy machine sends late and in clumps, which is no fault of the system.
@@ -198,7 +197,7 @@ def _simulated(
     drawn = trace.arrivals
     phase = None if drawn.phase is None else drawn.phase[: len(sent_s)].astype(np.int64)
     arrivals = trace_arrivals(sent_s + shift_s, phase, drawn.phase_names or ("all",))
-    policy = load_policy(router, service.kinds) if router.startswith("learned") else None
+    policy = trained(router, router, service.kinds) if router in LEARNED else None
     found: dict[str, list[Figures]] = {}
     for number in range(repetitions):
         scores = evaluate(router, service, arrivals, slots=1, seed=seed + number, policy=policy).scores

@@ -28,6 +28,7 @@ def _cache_folder() -> str:
         "rules",
         "estimation",
         "features",
+        "set_features",
         "per_request",
         "randomness",
         "queueing_model",

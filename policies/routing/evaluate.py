@@ -8,17 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from policies.routing.contract import FloatArray, RoutingError
+from policies.routing.contract import FloatArray, InstanceKind, RoutingError
 from policies.routing.environment import SlotEnvironments
 from policies.routing.learned import LearnedPolicy, load_policy
 from policies.routing.presets import paper_service
 from policies.routing.queueing_model import COUNTERS, LENGTH, NOW_S, PHASE, TRACE, ArrivalModel, ServiceModel, build
 from policies.routing.rules import RULES
 from policies.routing.scores import Scores, scores_of
+from policies.routing.set_environment import SetEnvironments
+from policies.routing.set_network import NAME as LEARNED_SET
+from policies.routing.set_network import SetPolicy, load_set_policy
 from policies.routing.simulator import run_rule, run_tables
 from policies.routing.tables import Infaas, Stationary, TableRule, Threshold
 
-LEARNED = ("learned-po", "learned-fo", "learned-po-batch", "learned-fo-batch")
+LEARNED = ("learned-po", "learned-fo", "learned-po-batch", "learned-fo-batch", LEARNED_SET)
 ROUTERS = (
     "light-only",
     "heavy-only",
@@ -33,6 +36,7 @@ ROUTERS = (
     "infaas",
     "uniform",
     "threshold",
+    LEARNED_SET,
     "deadline",
 )
 """Every router by name, in the order of Table 2, then ours."""
@@ -123,7 +127,7 @@ def evaluate(
     *,
     slots: int,
     seed: int,
-    policy: LearnedPolicy | None = None,
+    policy: LearnedPolicy | SetPolicy | None = None,
     promise: float = 0.02,
     as_deployed: bool = False,
     environments: int = 60,
@@ -150,7 +154,10 @@ def evaluate(
         run_rule(system, state, router, duration_s + 5.0 if arrivals.kind == TRACE else duration_s, threads)
         return Result(router, scores_of(state.tally.sum(axis=0), arrivals.phase_names, duration_s * e))
     if router in LEARNED:
-        learned = policy or load_policy(router, shaped.kinds)
+        learned = policy or trained(router, router, shaped.kinds)
+        if isinstance(learned, SetPolicy):
+            count = _run_set(learned, shaped, arrivals, e, seed, duration_s, threads, progress)
+            return Result(router, scores_of(count, arrivals.phase_names, duration_s * e))
         count = _run_learned(learned, shaped, arrivals, e, seed, duration_s, threads, progress)
         return Result(router, scores_of(count, arrivals.phase_names, duration_s * e))
     if router not in ROUTERS:
@@ -168,6 +175,30 @@ def evaluate(
             if progress is not None and t % 1000 == 0:
                 progress(t / steps)
     return Result(router, scores_of(state.tally.sum(axis=0), arrivals.phase_names, duration_s * e))
+
+
+def trained(router: str, source: Path | str, kinds: tuple[InstanceKind, ...]) -> LearnedPolicy | SetPolicy:
+    """The learned policy of an artifact, or the shipped one of a name, as `router` takes it, for these instances."""
+    return load_set_policy(source, kinds) if router == LEARNED_SET else load_policy(source, kinds)
+
+
+def _run_set(
+    policy: SetPolicy,
+    service: ServiceModel,
+    arrivals: ArrivalModel,
+    e: int,
+    seed: int,
+    duration_s: float,
+    threads: int,
+    progress: Callable[[float], None] | None,
+) -> FloatArray:
+    environments = SetEnvironments(service, arrivals, e, seed, threads)
+    steps = int(np.ceil(duration_s / policy.slot_s))
+    for t in range(steps):
+        environments.step(policy.heavy(environments.observe()))
+        if progress is not None and t % 1000 == 0:
+            progress(t / steps)
+    return environments.slots.take_counts()
 
 
 def _run_learned(
@@ -209,15 +240,16 @@ def paper_evaluation(
     *,
     slots: int,
     seed: int,
-    requirement_s: float = 0.3,
+    service: ServiceModel | None = None,
     artifacts: dict[str, Path] | None = None,
     threads: int = 1,
     progress: Callable[[str, float], None] | None = None,
 ) -> dict[str, Result]:
-    """Results of these routers on Tan's service, by name; `artifacts` replaces pretrained policies by others."""
+    """Results of these routers by name, on Tan's service or another; `artifacts` replaces pretrained policies."""
     results = {}
+    service = service or paper_service()
     for router in routers:
-        policy = load_policy((artifacts or {})[router]) if artifacts and router in artifacts else None
+        policy = trained(router, artifacts[router], service.kinds) if artifacts and router in artifacts else None
 
         def tell(share: float, router: str = router) -> None:
             if progress is not None:
@@ -225,8 +257,7 @@ def paper_evaluation(
 
         tell(0.0)
         results[router] = evaluate(
-            router, paper_service(requirement_s), workload, slots=slots, seed=seed, policy=policy, threads=threads,
-            progress=tell,
+            router, service, workload, slots=slots, seed=seed, policy=policy, threads=threads, progress=tell,
         )  # fmt: skip
     return results
 

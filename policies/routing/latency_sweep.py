@@ -6,8 +6,7 @@ from pathlib import Path
 
 from policies.routing.artifact import PRETRAINED
 from policies.routing.contract import RoutingError
-from policies.routing.evaluate import LEARNED, evaluate
-from policies.routing.learned import load_policy
+from policies.routing.evaluate import LEARNED, evaluate, trained
 from policies.routing.presets import paper_service
 from policies.routing.queueing_model import paper_arrivals
 from policies.routing.scores import Scores
@@ -67,7 +66,9 @@ def sweep(
                 progress(f"{router}, {requirement_ms} ms", len(found) / (len(routers) * len(latencies_ms)))
             if router in LEARNED and not _path(router, requirement_ms).exists():
                 continue
-            policy = load_policy(artifact_for(router, requirement_ms)) if router in LEARNED else None
+            policy = None
+            if router in LEARNED:
+                policy = trained(router, artifact_for(router, requirement_ms), paper_service().kinds)
             result = evaluate(
                 router, paper_service(requirement_ms / 1000.0), paper_arrivals(), slots=slots, seed=seed, policy=policy
             )

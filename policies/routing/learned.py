@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.routing.artifact import PRETRAINED, read_artifact
+from policies.routing.artifact import read_artifact, shipped
 from policies.routing.contract import BATCH_SIZES, Action, InstanceKind, Observation, RoutingError
 from policies.routing.features import Layout, features
 
@@ -73,9 +73,7 @@ def load_policy(path: Path | str, kinds: tuple[InstanceKind, ...] | None = None)
     kinds: the instances it is to serve, in order of their ids; an error says how they differ from those that it
     was trained for.
     """
-    where = Path(path)
-    if where.parent == Path(".") and not where.with_suffix(".json").exists():
-        where = PRETRAINED / f"routing-{where.name}"
+    where = shipped(path)
     record, layout, tensors = read_artifact(where)
     if kinds is not None and tuple(k.variant for k in kinds) != layout.variants:
         raise RoutingError(

@@ -6,7 +6,6 @@ of minibatches on the clipped objective (Eq. 10) for the actor and on the mean s
 
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from policies.routing import fused, towers
 from policies.routing.artifact import write_artifact
 from policies.routing.contract import BATCH_SIZES
+from policies.routing.descent import descend
 from policies.routing.environment import PAIRS, SlotEnvironments
 from policies.routing.network import Scheduler
 from policies.routing.presets import Preset
@@ -115,6 +115,19 @@ class Trainer:
     def slots(self) -> int:
         """Slots simulated so far."""
         return self.update * self.preset.slots_per_update
+
+    def simulated(self) -> dict[str, SlotEnvironments]:
+        """The simulated systems by name, for checkpoints."""
+        return {"train": self.environments, "examined": self.examined}
+
+    @property
+    def scaling(self) -> list[float]:
+        """How returns are scaled, for checkpoints."""
+        return [self.value_mean, self.value_scale]
+
+    @scaling.setter
+    def scaling(self, numbers: list[float]) -> None:
+        self.value_mean, self.value_scale = numbers
 
     def run(self, until_slots: int, report: Callable[[Progress], None]) -> None:
         """Update until `until_slots` slots have been seen; `report` is called after every update."""
@@ -233,31 +246,10 @@ class Trainer:
         )  # fmt: skip
         rows = towers.compact(r.seen[:-1].reshape(-1, self.layout.size))
         self._slow_down()
-        actor, critic = self.network.actor, self.network.critic
-        with ThreadPoolExecutor(self.threads) as pool:
-            for _ in range(p.epochs):
-                order = torch.randperm(len(seen.target), generator=self.noise).numpy()
-                for at in range(0, len(order), p.minibatch):
-                    chosen = order[at : at + p.minibatch]
-                    gain = seen.advantage[chosen]
-                    sides = towers.pack(actor), towers.pack(critic)
-                    # Whole parts of the minibatch side by side scale better than threads inside each operation.
-                    work = [
-                        pool.submit(
-                            fused.gradient, sides, scratch, rows, seen, part, choices=self.network.choices,
-                            mean=float(gain.mean()), spread=float(gain.std()) + 1e-8, sigma=p.sigma, clip=p.clip,
-                            entropy=p.entropy, weight=1.0 / len(chosen),
-                        )
-                        for part, scratch in zip(np.array_split(chosen, self.threads), self._scratch, strict=True)
-                    ]  # fmt: skip
-                    parts = [w.result() for w in work]
-                    for network, found in zip((actor, critic), zip(*parts, strict=True), strict=True):
-                        for weight, gradient in zip(network.parameters(), towers.unpack(found, network), strict=True):
-                            weight.grad = gradient
-                    if self.update < p.critic_first:
-                        for weight in actor.parameters():
-                            weight.grad = None
-                    self.adam.step()
+        descend(
+            self.network, self.adam, rows, seen, p, self._scratch, self.noise, sigma=p.sigma,
+            actor_moves=self.update >= p.critic_first,
+        )  # fmt: skip
 
     def examine(self, slots: int = 100) -> tuple[dict[str, Scores], list[list[float]]]:
         """Scores of the policy without noise over `slots` more slots of 200 environments kept for this.

@@ -16,6 +16,7 @@ from typing import Any
 from policies.routing.checkpoint import load, save
 from policies.routing.ppo import Progress, Task, Trainer
 from policies.routing.presets import paper_service, preset, workload
+from policies.routing.set_ppo import SetTrainer
 from policies.routing.warm_start import start_from
 
 FORMS = {
@@ -39,7 +40,7 @@ def paper_task(
 
 
 def train(
-    trainer: Trainer,
+    trainer: Trainer | SetTrainer,
     folder: Path,
     *,
     until_slots: int,

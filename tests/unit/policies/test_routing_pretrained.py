@@ -1,6 +1,7 @@
 """The shipped learned routers: they load for the deployment they are for, and still have their scores."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 
 from policies.routing.artifact import PRETRAINED
 from policies.routing.contract import observation_of
-from policies.routing.evaluate import evaluate
+from policies.routing.evaluate import evaluate, trained
 from policies.routing.learned import load_policy
 from policies.routing.presets import PAPER_KINDS, paper_service, workload
+from policies.routing.queueing_model import paper_arrivals
+from policies.routing.set_sizes import sized
 
 SHIPPED = sorted(p for p in PRETRAINED.glob("routing-*.json") if not p.stem.endswith("-curve"))
 
@@ -23,10 +26,10 @@ def test_the_partially_observable_router_is_shipped() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_it_loads_acts_and_has_a_training_record(path: Path) -> None:
-    policy = load_policy(path, PAPER_KINDS)
     record = json.loads(path.read_text())
+    policy = trained(record["name"], path, PAPER_KINDS)
     assert record["training"]["slots"] > 1_000_000
-    assert "policies.routing.train" in record["training"]["command"]
+    assert re.search(r"policies\.routing\.(set_training|train) ", record["training"]["command"])
     quiet = observation_of([0] * 4, [0.0] * 4, [[]] * 4, [0] * 4, [True] * 4, phase=1, since_s=10.0)
     action = policy.act(quiet, np.random.default_rng(0))
     assert action.probabilities[:2].sum() > 0.9
@@ -35,11 +38,19 @@ def test_it_loads_acts_and_has_a_training_record(path: Path) -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_it_still_scores_near_what_was_written_down(path: Path) -> None:
-    policy = load_policy(path)
-    name = json.loads(path.read_text())["workload"]
+    record = json.loads(path.read_text())
+    policy, name = trained(record["name"], path, PAPER_KINDS), record["workload"]
     found = evaluate(policy.name, paper_service(), workload(name), slots=15_000, seed=5, policy=policy).scores
     assert found["overall_50_50"].goodput_ratio > 0.786
     assert found["overall_50_50"].violation_ratio < 0.022
+
+
+@pytest.mark.parametrize(("size", "least", "most"), [("1+2", 0.785, 0.025), ("2x8", 0.79, 0.02), ("3x16", 0.79, 0.02)])
+def test_learned_set_carries_over_to_other_sizes(size: str, least: float, most: float) -> None:
+    service, load = sized(size)
+    found = evaluate("learned-set", service, paper_arrivals(load), slots=10_000, seed=5).scores["overall_50_50"]
+    assert found.goodput_ratio > least
+    assert found.violation_ratio < most
 
 
 @pytest.mark.parametrize("path", FOR_LATENCIES, ids=lambda p: p.stem)

@@ -9,8 +9,11 @@ from typing import cast
 import msgspec
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from policies.routing.contract import Action, InstanceKind, Observation, SlotPolicy, observation_of
+from policies.routing.set_features import SIZE
+from policies.routing.set_network import SetPolicy
 from protocol.board import Board
 from protocol.records import DecisionRecord, Deployment, PolicyStatus, ServiceSpec, Table
 from scheduler.config import SchedulerConfig
@@ -242,6 +245,25 @@ def test_a_policy_that_cannot_be_loaded_says_why_until_it_can() -> None:
     assert 8.0 <= world.tables[0][0] <= 8.0 + LOAD_AGAIN_S + 0.5
     assert world.made <= 4, "a broken file is not read every slot"
     assert world.statuses[-1][1].in_force
+
+
+def test_a_missing_instance_is_remarked_on_where_the_policy_knows_of_it() -> None:
+    world = World()
+    shapes = {
+        "0.weight": [2, SIZE],
+        "2.weight": [2, 2],
+        "4.weight": [2, 2],
+        "0.bias": [2],
+        "2.bias": [2],
+        "4.bias": [2],
+    }
+    zeros: dict[str, NDArray[np.float32]] = {key: np.zeros(shape, dtype=np.float32) for key, shape in shapes.items()}
+    world.make = lambda router, kinds, spec, slot_s: SetPolicy(zeros, kinds)  # type: ignore[method-assign]
+    world.slots(10.5, then={5.2: lambda: setattr(world, "ready", [True, False])})
+    assert world.statuses[0][1].reason == ""
+    assert world.statuses[-1][1].reason == "1 of 2 instances are ready: learned-set counts those alone"
+    assert world.tables[0][1].weights == (0.5, 0.5)
+    assert world.tables[-1][1].weights == (1.0, 0.0)
 
 
 def test_a_router_without_tables_has_no_status() -> None:

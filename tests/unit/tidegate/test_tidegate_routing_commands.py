@@ -53,6 +53,20 @@ def test_an_unknown_workload_or_router_is_named() -> None:
     assert "rotuer" in says("evaluate", "--policy", "rotuer", "--slots", "100")
 
 
+def test_services_of_other_sizes_are_scored() -> None:
+    arguments = ["routing", "evaluate", "--slots", "600", "--policy", "threshold,infaas", "--json"]
+    scored = {}
+    for size in ("2x2", "3x4"):
+        result = CliRunner().invoke(app, [*arguments, "--size", size])
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert found["size"] == size
+        scored[size] = {name: one["overall"] for name, one in found["results"].items()}
+    assert set(scored["3x4"]) == {"threshold", "infaas"}
+    assert scored["3x4"]["infaas"]["requests"] > 1.5 * scored["2x2"]["infaas"]["requests"]
+    assert "write 2xN" in says("evaluate", "--size", "many")
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
