@@ -88,6 +88,11 @@ def test_routers_are_used_and_rolled_back_under_load_without_a_lost_request(
         async with client() as session, Operator(system.url) as operator, Board(system.supervisor.board_url) as board:
             before = await assert_conserved(system, session)
             async with Load(session, f"{system.url}/v1/imagenet", 60.0) as load:
+                await operator.use("imagenet", RouterChoice(router="learned-set"), 10.0)
+                table = await board.table("imagenet")
+                assert table is not None
+                assert table.policy == "learned-set"
+                assert sum(table.weights) == pytest.approx(1.0)
                 await operator.use("imagenet", RouterChoice(router="threshold"), 10.0)
                 await operator.use("imagenet", RouterChoice(router="learned-po"), 10.0)
                 await operator.use("imagenet", RouterChoice(router="learned-po", policy_file=str(path)), 10.0)
