@@ -36,6 +36,10 @@ _TICK_S = 0.001  # uvloop's timers count milliseconds; asking for less would tur
 _STOP_GRACE_S = 2.0  # how long a stopped run still waits for answers
 _KEEPALIVE_S = 4.0  # below the 5 s after which common servers close an idle connection
 _LARGE_BODY_BYTES = 1 << 20  # aiohttp wants larger bodies as files
+_REFUSALS = (429, 503)
+
+AnswerReader = Callable[[int, bool, bytes, int | None, str | None], Answer]
+"""reader(HTTP status, whether marked late, body, true label, its name), as `read_answer` for Tidegate's answers."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,16 @@ class SendOptions:
     timeout_s: the client gives up, and closes the connection, this long after the intended send time.
     deadline_ms: sent as X-Deadline-Ms. headers: sent with every request; headers_of(i): with request i.
     report_phase: send the trace's hidden phase as X-Tidegate-Phase (for routers that may know it). seed:
-    which payload goes with which request.
+    which payload goes with which request. urls_of(i): where request i goes instead of the run's address: to the
+    first, and from one that refuses it (429, 503) to the next. reader: for answers of other servers.
     """
 
     timeout_s: float = 30.0
     deadline_ms: float | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     headers_of: Callable[[int], Mapping[str, str]] | None = None
+    urls_of: Callable[[int], Sequence[str]] | None = None
+    reader: AnswerReader = read_answer
     report_phase: bool = False
     progress_s: float = 0.25
     seed: int = 0
@@ -187,15 +194,19 @@ class _Run:
         if self._options.headers_of is not None:
             headers = {**headers, **self._options.headers_of(request)}
         answer = Answer(Outcome.CANCELLED)
+        urls = (self._url,) if self._options.urls_of is None else self._options.urls_of(request)
         self._recorder.start(request, self._now_s())
         try:
             async with asyncio.timeout(intended_s + self._options.timeout_s - self._now_s()):
-                async with session.post(
-                    self._url, data=_body(payload.body), headers=headers, allow_redirects=False
-                ) as reply:
-                    body = await reply.read()
+                for url in urls:
+                    async with session.post(
+                        url, data=_body(payload.body), headers=headers, allow_redirects=False
+                    ) as reply:
+                        body = await reply.read()
+                    if reply.status not in _REFUSALS:
+                        break
             late = "X-Tidegate-Late" in reply.headers
-            answer = read_answer(reply.status, late, body, payload.label, payload.label_name)
+            answer = self._options.reader(reply.status, late, body, payload.label, payload.label_name)
         except TimeoutError:
             answer = Answer(Outcome.TIMEOUT)
         except (aiohttp.ClientError, OSError):

@@ -30,7 +30,7 @@ from loadgen.sender import SendOptions, run_on_uvloop
 from loadgen.traces import Trace
 from policies.routing.workload import Constant
 from protocol.deployment import read_deployment
-from tidegate import bench_live, bench_tables
+from tidegate import bench_live, bench_servers, bench_tables
 from tidegate.replay_commands import stop_on_interrupt
 from tidegate.running import RunningGateway
 from tidegate.supervisor import Supervisor, free_port
@@ -254,4 +254,5 @@ def _computed(state: dict[str, Any]) -> int:
 app.command("live")(bench_live.bench_live)
 app.command("memory")(bench_live.bench_memory)
 app.command("router")(bench_live.bench_router)
+app.command("servers")(bench_servers.bench_servers)
 app.command("tables")(bench_tables.bench_tables)

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import web
 
 from loadgen import sender
-from loadgen.answers import Outcome
+from loadgen.answers import Answer, Outcome
 from loadgen.payloads import Payload, PayloadSet, emulated, raw
 from loadgen.record import RunRecord
 from loadgen.sender import Progress, SendOptions, _Run, replay, run_on_uvloop
@@ -111,6 +111,46 @@ def test_every_status_becomes_its_outcome() -> None:
     options = SendOptions(headers_of=lambda i: {"X-Index": str(i)})
     record = send(by_index, every(0.001, len(wanted)), raw(10), options)
     assert record.outcome.tolist() == [outcome for _, _, outcome in wanted]
+
+
+def test_a_refused_request_goes_on_to_the_next_address_and_no_other_failure_does() -> None:
+    asked: list[tuple[str, str]] = []
+    statuses = {"/v1/test?full": 503, "/v1/test?many": 429, "/v1/test?broken": 500, "/v1/test?free": 200}
+
+    async def by_address(request: web.Request) -> web.Response:
+        asked.append((request.headers["X-Index"], request.query_string))
+        return web.json_response(answer(0), status=statuses[request.path_qs])
+
+    orders = [["full", "many", "free"], ["broken", "free"], ["free", "full"], ["full", "many"]]
+
+    async def main() -> RunRecord:
+        async with serving(by_address) as url:
+            options = SendOptions(
+                headers_of=lambda i: {"X-Index": str(i)}, urls_of=lambda i: [f"{url}?{one}" for one in orders[i]]
+            )
+            return await replay(url, every(0.02, len(orders)), raw(10), options)
+
+    record = run_on_uvloop(main())
+    assert record.outcome.tolist() == [Outcome.OK, Outcome.FAILED, Outcome.OK, Outcome.QUEUE_FULL]
+    assert [[one for index, one in asked if index == str(i)] for i in range(4)] == [
+        ["full", "many", "free"],
+        ["broken"],
+        ["free"],
+        ["full", "many"],
+    ]
+
+
+def test_answers_of_another_server_are_read_by_the_callers_reader() -> None:
+    async def plain(request: web.Request) -> web.Response:
+        return web.Response(text="7", status=200)
+
+    def read(status: int, late: bool, body: bytes, label: int | None, label_name: str | None) -> Answer:
+        return Answer(Outcome.OK, correct=int(int(body) == label), rank=int(body))
+
+    payloads = PayloadSet("one", (Payload(b"a", "image/png", 7),))
+    record = send(plain, every(0.001, 3), payloads, SendOptions(reader=read))
+    assert record.rank.tolist() == [7, 7, 7]
+    assert record.correct.tolist() == [1, 1, 1]
 
 
 def test_headers_say_deadline_phase_type_and_what_the_caller_adds() -> None:
