@@ -89,7 +89,7 @@ def bench_servers(
         if into is not None and into.exists():
             figures = json.loads(into.read_text())
         for name in names:
-            key = name if slower == 1.0 else f"{name}, {slower:g} times slower"
+            key = name if slower == 1.0 else f"{name}, x{slower:g}"
             figures[key] = run_on_uvloop(_measure(LINEUPS[name], python, trace, slower, seed))
             if into is not None:
                 into.write_text(json.dumps(figures, indent=1))

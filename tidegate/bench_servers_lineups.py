@@ -39,14 +39,20 @@ class Lineup(msgspec.Struct, frozen=True, kw_only=True):
     """One server in one set-up. `models`: the models that it offers, each with its instances by variant.
 
     `asks`: models that a request is sent to: the first, and after a refusal the next ("?": one of them at random).
+    expire: the service's setting (deploy/paper-t4.toml has it off, as the paper; by default it is on).
     """
 
     name: str
     server: str
     chooses: str
     router: str = ""
+    expire: bool = False
     models: Mapping[str, Mapping[str, int]] = {}
     asks: str = ""
+
+
+def _tidegate(name: str, chooses: str, router: str, expire: bool) -> Lineup:
+    return Lineup(name=f"tidegate-{name}", server="tidegate", chooses=chooses, router=router, expire=expire)
 
 
 def _triton(name: str, chooses: str, asks: str, **models: dict[str, int]) -> Lineup:
@@ -61,8 +67,9 @@ _HEAVY, _LIGHT = {"heavy": 2}, {"light": 2}
 LINEUPS: Final = {
     one.name: one
     for one in (
-        Lineup(name="tidegate-deadline", server="tidegate", chooses="gateway, by request", router="deadline"),
-        Lineup(name="tidegate-learned-po", server="tidegate", chooses="learned, every second", router="learned-po"),
+        _tidegate("deadline", "gateway, by request", "deadline", expire=False),
+        _tidegate("deadline-expire", "the same, hopeless ones dropped", "deadline", expire=True),
+        _tidegate("learned-po", "learned, every second", "learned-po", expire=False),
         _triton("heavy-2", "nobody: 2 heavy", "heavy", heavy=_HEAVY),
         _triton("heavy-4", "nobody: 4 heavy", "heavy", heavy={"heavy": 4}),
         _triton("light-4", "nobody: 4 light", "light", light={"light": 4}),
@@ -95,7 +102,7 @@ async def started(lineup: Lineup, python: Path, slower: float, seed: int) -> Asy
     try:
         if lineup.server == "tidegate":
             file = with_address(read_deployment(ROOT / "deploy" / "paper-t4.toml"), None, port)
-            supervisor = Supervisor(slowed(file, slower, folder))
+            supervisor = Supervisor(slowed(_expiring(file, lineup.expire), slower, folder))
             async with supervisor:
                 await until_ready(supervisor)
                 async with RunningGateway(supervisor.url) as gateway:
@@ -107,6 +114,11 @@ async def started(lineup: Lineup, python: Path, slower: float, seed: int) -> Asy
             yield target_of(lineup, f"http://127.0.0.1:{port}", seed, last_words)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _expiring(file: DeploymentFile, expire: bool) -> DeploymentFile:
+    services = {name: msgspec.structs.replace(one, expire=expire) for name, one in file.services.items()}
+    return msgspec.structs.replace(file, services=services)
 
 
 def slowed(file: DeploymentFile, slower: float, folder: Path) -> DeploymentFile:

@@ -27,7 +27,7 @@ from ray.serve.schema import LoggingConfig
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-AT_REPLICA, AT_INGRESS = 0.8, 0.2
+AT_REPLICA, AT_INGRESS = 0.7, 0.2
 """Shares of the requirement that requests may wait: at a replica, and for a place there."""
 
 
