@@ -32,8 +32,9 @@ CANDIDATES = (
     "heavy-expire",
     "single-queue",
     "single-queue-random",
+    "learned-set",
 )
-"""Rules that run live on the same instances without knowing the phase."""
+"""Rules that run live on the same instances without knowing the phase, and the shipped policy that fits any set."""
 LEARNED = "learned-po"
 MOST_SLOTS = 250_000_000
 """No training is longer, whatever its time: the paper's own."""

@@ -132,5 +132,5 @@ def test_learning_installs_the_winner_whichever_it_is(tmp_path: Path) -> None:
     found = learn(paper_service(), paper_arrivals(), tmp_path, minutes=0.5, slots=3_000, threads=1, settings=small)
     ranking = json.loads((tmp_path / "ranking.json").read_text())
     assert ranking["winner"] == found.winner == "deadline"
-    assert set(ranking["results"]) >= {"learned-po", "threshold", "deadline"}
+    assert set(ranking["results"]) >= {"learned-po", "learned-set", "threshold", "deadline"}
     assert found.artifact.exists()
