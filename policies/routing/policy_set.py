@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from policies.routing.artifact import PRETRAINED
+from policies.routing.artifact import PRETRAINED, read_record
 from policies.routing.contract import Action, BoolArray, InstanceKind, IntArray, Observation, RoutingError
 from policies.routing.learned import LearnedPolicy, load_policy
 
@@ -112,13 +112,12 @@ def load_policies(source: Path | str, kinds: tuple[InstanceKind, ...], router: s
     files = folder if where.is_dir() and not stem.with_suffix(".json").exists() else [stem, *folder]
     if not files:
         raise RoutingError(f"{where} holds no artifact: it needs NAME.json beside NAME.safetensors")
-    policies = [load_policy(file) for file in files]
     if files is folder and router:
-        found = sorted({one.name for one in policies})
-        files = [file for file, one in zip(files, policies, strict=True) if one.name == router]
-        policies = [one for one in policies if one.name == router]
-        if not policies:
-            raise RoutingError(f"{where} holds no artifact of {router}, but of {', '.join(found)}")
+        names = [str(read_record(file)[0]["name"]) for file in folder]
+        files = [file for file, name in zip(folder, names, strict=True) if name == router]
+        if not files:
+            raise RoutingError(f"{where} holds no artifact of {router}, but of {', '.join(sorted(set(names)))}")
+    policies = [load_policy(file) for file in files]
     for policy, file in zip(policies, files, strict=True):
         if router and policy.name != router:
             raise RoutingError(f"artifact {file} is a {policy.name}, but the service's router is {router}")
