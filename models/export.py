@@ -193,8 +193,17 @@ def _write_file(network: Any, side: int, file: Path) -> None:
         torch.export.save(program, str(file))
         return
     onnx = torch.onnx.export(program, input_names=["input"], output_names=["logits"], dynamo=True, verbose=False)
-    assert onnx is not None
-    onnx.save(str(file), external_data=False)
+    write_onnx(onnx, file)
+
+
+def write_onnx(program: Any, file: Path) -> None:
+    """Write what `torch.onnx.export` gave, without its notes: they name the folders of the machine that made it."""
+    import onnx
+
+    model = program.model_proto
+    for node in model.graph.node:
+        node.ClearField("metadata_props")
+    onnx.save_model(model, file)
 
 
 def _class_names() -> list[str]:

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import torch
 from PIL import Image
 from rich.console import Console
@@ -29,6 +28,7 @@ from torch.nn import functional
 
 from models.architectures.digits import DigitsHeavy, DigitsLight, DigitsViews
 from models.catalog import load_catalog
+from models.export import write_onnx
 from models.runtime import open_runtime
 
 PRETRAINED = Path(__file__).parent / "pretrained"
@@ -165,8 +165,7 @@ def export(name: str, network: nn.Module) -> Path:
         dynamo=True,
         verbose=False,
     )
-    assert program is not None
-    onnx.save_model(program.model_proto, file)
+    write_onnx(program, file)
     return file
 
 

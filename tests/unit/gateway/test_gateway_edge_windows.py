@@ -1,6 +1,7 @@
 """Windows of edge requests in time: when they close, what their decision is told, and what ends leave behind."""
 
 import asyncio
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ import pytest
 
 from gateway import edge, edge_decide
 from gateway.edge_exchange import EdgeExchange
-from policies.placement.live import OnTheWay
+from policies.placement.live import HANDLING_S, OnTheWay
 from protocol.edge_records import ControllerRecord, Decide, Decision, EdgeInfer, EdgeReply, NodeStatus, Placement
 from protocol.outcomes import Attempt
 from tests.fakes.edge_gateway import JPEG, NODES, ScriptedScheduler, World, edge_spec, failing, run, world
@@ -129,10 +130,12 @@ def test_a_node_that_was_full_is_chosen_again_after_a_moment(tmp_path: Path, mon
     """Both placements of a request count as on their way; nodes are shunned, not those that pass requests on."""
     monkeypatch.setattr(edge, "SHUN_S", 0.1)
     placed: list[int] = []
+    there_s: list[float] = []
     add = OnTheWay.add
 
     def spy(self: OnTheWay, requests: Sequence[Any], placements: Sequence[Placement], now_s: float) -> None:
         placed.extend(placement.node for placement in placements)
+        there_s.extend(now_s + one.access_s + one.transmission_s + HANDLING_S for one in placements)
         add(self, requests, placements, now_s)
 
     monkeypatch.setattr(OnTheWay, "add", spy)
@@ -142,7 +145,8 @@ def test_a_node_that_was_full_is_chosen_again_after_a_moment(tmp_path: Path, mon
             told = await here.answer(here.ask(headers={"x-edge-node": "middle"}))
             assert [NODES[node] for node in placed] == ["south", told["decision"]["node"]]
             assert set(here.gateway.edge._shunned) == {"south"}
-            await asyncio.sleep(0.12)
+            forgotten_s = max(time.monotonic() + 0.1, *there_s)
+            await until(lambda: time.monotonic() > forgotten_s)
             await here.answer(here.ask(headers={"x-edge-node": "middle"}))
             assert NODES[here.received()["middle"][2].node] == "south"
 

@@ -46,6 +46,12 @@ def test_the_models_are_small_and_their_accuracy_is_the_recorded_one() -> None:
     assert heavy - light >= 0.03
 
 
+def test_shipped_files_do_not_tell_of_the_machine_that_made_them() -> None:
+    files = sorted(PRETRAINED.glob("*/1/*.onnx"))
+    assert len(files) >= 2
+    assert [file.parts[-3] for file in files if b"site-packages" in file.read_bytes()] == []
+
+
 def test_a_sample_of_held_out_images_is_read_through_the_serving_path() -> None:
     sample = split()[1][::20]
     for image_format in ("PNG", "JPEG"):
