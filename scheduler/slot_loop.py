@@ -17,9 +17,7 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from policies.routing.contract import InstanceKind, SlotPolicy
-from policies.routing.policy_set import PolicySet
-from policies.routing.set_network import SetPolicy
+from policies.routing.contract import InstanceKind, Remarking, SlotPolicy
 from protocol.board import BOARD_ERRORS, LEASE_EXPIRES_S, Board
 from protocol.records import DecisionRecord, PolicyStatus, ServiceSpec
 from scheduler.config import SchedulerConfig
@@ -164,7 +162,7 @@ class SlotLoop:
                 publish_ms=taken_s * 1e3,
             )
         )
-        remark = policy.remark(seen.observation.ready) if isinstance(policy, PolicySet | SetPolicy) else ""
+        remark = policy.remark(seen.observation.ready) if isinstance(policy, Remarking) else ""
         return PolicyStatus(policy=spec.router, in_force=True, reason=remark)
 
     def _policy_of(self, spec: ServiceSpec, seen: Seen) -> SlotPolicy | None:

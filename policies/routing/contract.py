@@ -8,7 +8,7 @@ Instances of a service are numbered 0..n-1 in sorted order of their instance id,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,6 +122,14 @@ class SlotPolicy(Protocol):
 
     def act(self, observation: Observation, rng: np.random.Generator) -> Action:
         """The action for the coming slot."""
+
+
+@runtime_checkable
+class Remarking(Protocol):
+    """A slot policy that can tell what is unusual about the instances that it serves now."""
+
+    def remark(self, ready: BoolArray) -> str:
+        """In words; empty when all instances are ready."""
 
 
 def masked(probabilities: FloatArray, ready: BoolArray) -> FloatArray:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -109,24 +110,19 @@ def test_routers_are_used_and_rolled_back_under_load_without_a_lost_request(
 
 
 def test_a_table_is_at_the_gateway_soon_after_its_slot_has_started(system: RunningSystem, embedded: bool) -> None:
-    """Within 50 ms on a real Redis and 100 ms on the embedded board: the soonest of a few, as the machine may be busy
-    (`tidegate bench tables` measures every one)."""
+    """Each slot's within 50 ms on a real Redis and 100 ms on the embedded board (`tidegate bench tables` measures it);
+    here the median of a few, for a busy machine's sake."""
 
     async def run() -> list[float]:
         async with Operator(system.url) as operator:
             await operator.use("imagenet", RouterChoice(router="threshold"), 10.0)
-            found: list[float] = []
-            for _ in range(20):
-                one = await next_table_s(operator, "imagenet", system.file.scheduler.slot_s)
-                found += [] if one is None else [one]
-                if len(found) == 3:
-                    break
+            found = [await next_table_s(operator, "imagenet", system.file.scheduler.slot_s) for _ in range(5)]
             await operator.use("imagenet", RouterChoice(router="deadline"), 10.0)
-            return found
+            return [one for one in found if one is not None]
 
     delays_s = asyncio.run(run())
-    assert delays_s, "no table came in its slot"
-    assert min(delays_s) < (0.1 if embedded else 0.05), delays_s
+    assert len(delays_s) >= 4
+    assert statistics.median(delays_s) < (0.1 if embedded else 0.05), delays_s
 
 
 def test_a_shadow_decides_without_acting_and_its_would_be_results_stand_beside(system: RunningSystem) -> None:
@@ -140,12 +136,12 @@ def test_a_shadow_decides_without_acting_and_its_would_be_results_stand_beside(s
                     record = await operator.shadow("imagenet")
                     return record is not None and record.shadow.requests > 300
 
-                for _ in range(4):  # on a machine that stands still, all instances of a kind may seem to be gone
+                for _ in range(4):  # a machine that stands still makes a burst of what has waited: once more
                     await operator.shadow_by("imagenet", RouterChoice(router="light-only"))
                     await until(seen, 15.0, "the shadow does not report")
                     record = await operator.shadow("imagenet")
                     assert record is not None
-                    if record.shadow.violation_ratio < 0.5:
+                    if record.shadow.violation_ratio == 0.0:
                         break
                     await operator.shadow_by("imagenet", RouterChoice(router=""))
                 assert record is not None
@@ -167,8 +163,7 @@ def test_a_shadow_decides_without_acting_and_its_would_be_results_stand_beside(s
 
     record = asyncio.run(run())
     assert record.active_router == "deadline"
-    in_time = 1.0 - record.shadow.violation_ratio  # a machine that stands still makes a burst of what has waited
-    assert record.shadow.goodput_ratio == pytest.approx(L.accuracy * in_time, abs=1e-6)
+    assert record.shadow.goodput_ratio == pytest.approx(L.accuracy, abs=1e-6)
     assert record.shadow.heavy_ratio == 0.0
     assert record.active.goodput_ratio > record.shadow.goodput_ratio + 0.01
     assert record.active.heavy_ratio == pytest.approx(record.observed.heavy_ratio, abs=0.1)
